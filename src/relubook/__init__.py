@@ -1,0 +1,3 @@
+"""The ReLU Book's package."""
+
+__version__ = "0.1.0"
