@@ -21,6 +21,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "he_normal_",
+    "he_uniform_",
+    "initialize_",
+    "initializer_names",
+    "lecun_normal_",
+    "lecun_uniform_",
+    "positive_bias_",
+    "rai_",
+    "truncated_normal_",
+    "uniform_",
+]
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 RAI_SCALE = 0.6007
@@ -290,7 +303,7 @@ _WEIGHTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def names() -> list[str]:
+def initializer_names() -> list[str]:
     """Return the names that :func:`initialize_` takes."""
     return [*_WEIGHTS, "xavier_normal", "xavier_uniform", "orthogonal", "rai", "torch"]
 
@@ -307,8 +320,9 @@ def initialize_(
     """Fill a layer's weight and bias by the initializer of that name.
 
     Args:
-        name: One of :func:`names`. ``"torch"`` draws what ``nn.Linear`` draws, bias included;
-            ``"rai"`` draws weight and bias together; all others set the bias to zero.
+        name: One of :func:`initializer_names`, with or without torch's trailing underscore.
+            ``"torch"`` draws what ``nn.Linear`` draws, bias included; ``"rai"`` draws weight and
+            bias together; all others set the bias to zero.
         weight: ``(out, in, ...)``, or ``(members, in, out)`` with ``stacked``.
         bias: ``(out,)``, or ``(members, out)`` with ``stacked``; None for a layer without.
         generator: Source of the randomness. With ``stacked`` also a sequence, one per member.
@@ -316,11 +330,14 @@ def initialize_(
         **options: What else the initializer takes, such as ``a=0.01`` for ``he_normal``.
 
     Raises:
-        KeyError: If the name is unknown.
-        ValueError: If the shapes do not fit, or ``"rai"`` is asked for a layer without a bias.
+        ValueError: If the name is unknown, the shapes do not fit, or ``"rai"`` is asked for a layer
+            without a bias.
     """
-    if name not in names():
-        raise KeyError(f"unknown initializer {name!r}; known are {', '.join(names())}")
+    name = name.removesuffix("_")
+    if name not in initializer_names():
+        raise ValueError(
+            f"unknown initializer {name!r}; known are {', '.join(initializer_names())}"
+        )
     if bias is not None:
         nn.init.zeros_(bias)
     if name == "rai":
