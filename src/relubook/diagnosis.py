@@ -451,10 +451,10 @@ class Report:
             )
 
         dead = set(self.dead_layers)
-        body = "".join(
-            f"<tr{' style="font-weight:bold"' if row[0] in dead else ''}>{cells('td', row)}</tr>"
-            for row in rows
-        )
+        body = ""
+        for row in rows:
+            weight = ' style="font-weight:bold"' if row[0] in dead else ""
+            body += f"<tr{weight}>{cells('td', row)}</tr>"
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
         return (
             f"<table><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table>"
