@@ -110,7 +110,6 @@ class Activation:
         derivative_at_zero: What torch's autograd returns at exactly 0, with default parameters
             (for ``rrelu`` in evaluation mode).
         parameters: The function's own parameters with their defaults.
-        bounded: Whether both limits are finite.
     """
 
     name: str
@@ -148,8 +147,8 @@ _ENTRIES = (
         "relu6",
         nn.ReLU6,
         r"\min(\max(0, x), 6)",
-        "Howard et al. 2017, MobileNets",
-        "https://arxiv.org/abs/1704.04861",
+        "Krizhevsky 2010, Convolutional deep belief networks on CIFAR-10",
+        "https://www.cs.toronto.edu/~kriz/conv-cifar10-aug2010.pdf",
         "he_normal_",
         (0.0, 6.0),
         0.0,

@@ -1,13 +1,16 @@
 """What every chapter calls first: house style, fixed seeds, one thread."""
 
 import random
+import time
 
 import torch
 
 from relubook._optional import require
 from relubook.plots import use_style
 
-__all__ = ["setup"]
+__all__ = ["running_time", "setup"]
+
+_started: float | None = None
 
 
 def setup(*, seed: int = 0, threads: int = 1) -> None:
@@ -26,9 +29,22 @@ def setup(*, seed: int = 0, threads: int = 1) -> None:
         raise ValueError(f"seed must not be negative, not {seed}")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
+    global _started
+    _started = time.perf_counter()
     np = require("numpy", "seeding")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     use_style()
+
+
+def running_time() -> float:
+    """Return the seconds since :func:`setup` was called.
+
+    Raises:
+        RuntimeError: If it was not called.
+    """
+    if _started is None:
+        raise RuntimeError("call relubook.setup() first: running time counts from there")
+    return time.perf_counter() - _started

@@ -1,0 +1,97 @@
+"""Sphinx extension of this book: leave out text twins, draw the ledger, load only what pages use."""
+
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from notebooks import chapters
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from relubook.claims import ledger, source_notes
+
+UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
+UNUSED_STYLES = ("thebe", "togglebutton")
+
+
+def exclude_text_twins(app: Sphinx, config: Any) -> None:
+    """Keep the text side of every pair out of the build, which takes the executed side."""
+    root = Path(app.srcdir)
+    config.exclude_patterns += [
+        path.resolve().relative_to(root.resolve()).as_posix() for path in chapters()
+    ]
+
+
+def drop_unused_assets(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Leave out scripts and styles that come with the build system and that no page uses."""
+
+    def used(asset: Any, unused: tuple[str, ...]) -> bool:
+        name = str(getattr(asset, "filename", asset) or "")
+        return not any(word in name for word in unused)
+
+    context["script_files"] = [f for f in context["script_files"] if used(f, UNUSED_SCRIPTS)]
+    context["css_files"] = [f for f in context["css_files"] if used(f, UNUSED_STYLES)]
+
+
+class ClaimsTable(SphinxDirective):
+    """``{claims-table}``: the ledger, chapter by chapter, with links to the chapters that exist."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return one section's worth of tables."""
+        self.env.note_dependency(str(Path(__file__)))
+        for name in ("claims.toml", "verdicts.json", "claims.py"):
+            import relubook
+
+            self.env.note_dependency(str(Path(relubook.__file__).with_name(name)))
+        lines: list[str] = []
+        by_chapter: dict[str, list[dict[str, Any]]] = {}
+        for row in ledger():
+            by_chapter.setdefault(row["chapter"], []).append(row)
+        built = self.env.found_docs
+        for chapter, rows in by_chapter.items():
+            exists = f"book/{chapter}" in built
+            title = f"[{chapter}]({chapter}.ipynb)" if exists else f"{chapter} (in preparation)"
+            lines += [f"## {title}", ""]
+            for row in rows:
+                lines += [f"`{row['id']}` ({row['whose']})", f": {row['statement']}"]
+                verdict = row["verdict"] or "untested"
+                if row["depends_on"]:
+                    verdict += f" on {row['depends_on']}"
+                lines += ["", f"  **{verdict[0].upper()}{verdict[1:]}.** {_evidence(row)}", ""]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def _evidence(row: dict[str, Any]) -> str:
+    words = []
+    for entry in row["evidence"]:
+        if "source" in entry:
+            words.append(f"[{entry['source']}]({entry['url']})")
+        else:
+            words.append(
+                f"{entry['part']}: {entry['measured']}, test: {entry['test']} ({entry['verdict']})"
+            )
+    return "; ".join(words) + ("." if words else "")
+
+
+class SourceNotes(SphinxDirective):
+    """``{source-notes}``: the five notes that the claims come from."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a bullet list."""
+        lines = []
+        for label, note in source_notes().items():
+            facts = ", ".join(filter(None, [note["author"], note["date"] or "undated"]))
+            title = f"“{note['title']}”" if note["title"] else ""
+            lines.append(f"- **{label}**: {title} {note['title_en']} ({facts})")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the extension."""
+    app.connect("config-inited", exclude_text_twins)
+    app.connect("html-page-context", drop_unused_assets, priority=900)
+    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("source-notes", SourceNotes)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

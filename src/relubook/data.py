@@ -1,0 +1,220 @@
+"""Data sets that need no network: real ones shipped with scikit-learn, targets of known formula."""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from relubook._optional import require
+
+__all__ = ["DATASETS", "TARGETS", "Dataset", "Split", "Target", "dataset", "inject_outliers", "target"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and targets that belong together.
+
+    Attributes:
+        x: Inputs, shape (n, features), float.
+        y: Class labels, shape (n,), int64; or regression targets, shape (n, outputs), float.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in three parts, shuffled once with a fixed seed.
+
+    Attributes:
+        name: Its name, such as ``"digits"``.
+        train: 60% of the rows.
+        validation: 20%, to choose learning rates on.
+        test: 20%, looked at last.
+        classes: Number of classes, or 0 for regression.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+
+    @property
+    def features(self) -> int:
+        """Number of input features."""
+        return self.train.x.shape[1]
+
+
+DATASETS: Mapping[str, str] = MappingProxyType(
+    {
+        "digits": "8x8 gray images of handwritten digits, 1797 rows, 64 features, 10 classes",
+        "wine": "chemical analysis of wines, 178 rows, 13 features, 3 classes",
+        "breast_cancer": "measurements of cell nuclei, 569 rows, 30 features, 2 classes",
+        "diabetes": "disease progression, 442 rows, 10 features, regression",
+    }
+)
+"""Names and descriptions of the real data sets."""
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, object]) -> ValueError:
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
+    return ValueError(f"unknown {kind} {name!r}; the nearest known: {', '.join(close)}")
+
+
+def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.float32) -> Dataset:
+    """Load a real data set that ships with scikit-learn.
+
+    Args:
+        name: A key of :data:`DATASETS`.
+        standardize: Give the inputs mean 0 and variance 1 over the training part: each feature for
+            tables; for images all pixels together, which keeps their correlation. If False,
+            images are scaled to [0, 1] and tables are left as they are. Regression targets are
+            standardized in any case.
+        dtype: Floating-point type of the inputs.
+
+    Returns:
+        The data in three parts, the same rows in the same order on every call.
+
+    Raises:
+        ValueError: If the name is unknown.
+        ImportError: If scikit-learn is not installed.
+
+    Source:
+        scikit-learn's toy data sets, https://scikit-learn.org/stable/datasets/toy_dataset.html
+    """
+    if name not in DATASETS:
+        raise _unknown("data set", name, DATASETS)
+    bunch = getattr(require("sklearn.datasets", "data sets"), f"load_{name}")()
+    x = torch.tensor(bunch.data, dtype=torch.float64)
+    regression = name == "diabetes"
+    y = torch.tensor(bunch.target, dtype=torch.float64 if regression else torch.int64)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    first, second = round(0.6 * len(x)), round(0.8 * len(x))
+    if name == "digits":
+        x = x / 16
+    if standardize:
+        train = x[:first]
+        if name == "digits":
+            x = (x - train.mean()) / train.std()
+        else:
+            x = (x - train.mean(0)) / train.std(0)
+    if regression:
+        y = ((y - y[:first].mean()) / y[:first].std()).unsqueeze(1).to(dtype)
+    x = x.to(dtype)
+    parts = [Split(x[s], y[s]) for s in (slice(first), slice(first, second), slice(second, None))]
+    return Dataset(name, *parts, classes=0 if regression else int(y.max()) + 1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function of known formula to learn.
+
+    Attributes:
+        name: Its name, such as ``"absolute"``.
+        formula: LaTeX, without dollar signs.
+        inputs: Number of input features.
+        outputs: Number of outputs.
+        function: Maps (n, inputs) to (n, outputs).
+    """
+
+    name: str
+    formula: str
+    inputs: int
+    outputs: int
+    function: Callable[[Tensor], Tensor]
+
+    def sample(self, n: int, *, generator: torch.Generator) -> Split:
+        """Draw inputs uniformly from [-sqrt(3), sqrt(3)] (variance 1) with their targets.
+
+        Args:
+            n: Number of rows, at least 1.
+            generator: Source of randomness.
+
+        Returns:
+            x of shape (n, inputs) and y of shape (n, outputs), float32.
+
+        Raises:
+            ValueError: If ``n`` is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        x = (2 * torch.rand(n, self.inputs, generator=generator) - 1) * math.sqrt(3)
+        return Split(x, self.function(x))
+
+
+def _pair(x: Tensor) -> Tensor:
+    return torch.stack([(x[:, 0] + x[:, 1]).abs(), (x[:, 0] - x[:, 1]).abs()], dim=1)
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        entry.name: entry
+        for entry in (
+            Target("absolute", r"|x|", 1, 1, torch.abs),
+            Target("x_sine", r"x \sin 5x", 1, 1, lambda x: x * torch.sin(5 * x)),
+            Target(
+                "step_sine",
+                r"1_{x > 0} + 0.2 \sin 5x",
+                1,
+                1,
+                lambda x: (x > 0).to(x.dtype) + 0.2 * torch.sin(5 * x),
+            ),
+            Target("absolute_pair", r"(|x_1 + x_2|, |x_1 - x_2|)", 2, 2, _pair),
+            Target("square", r"x^2", 1, 1, torch.square),
+            Target("sine", r"\sin 3x", 1, 1, lambda x: torch.sin(3 * x)),
+        )
+    }
+)
+"""One- and two-dimensional targets by name."""
+
+
+def target(name: str) -> Target:
+    """Return a target of known formula by its name.
+
+    Raises:
+        ValueError: If the name is unknown; names the nearest known ones.
+    """
+    if name not in TARGETS:
+        raise _unknown("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def inject_outliers(
+    x: Tensor, *, share: float, size: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Replace some rows by the same row scaled up, as a faulty sensor would.
+
+    Args:
+        x: Inputs, shape (n, ...), floating point and finite.
+        share: Share of rows to replace, in [0, 1]; the number of rows is rounded.
+        size: Factor that multiplies a replaced row.
+        generator: Chooses the rows.
+
+    Returns:
+        A copy with the outliers, and a mask of shape (n,) that is True for replaced rows.
+
+    Raises:
+        ValueError: If ``share`` lies outside [0, 1], or ``size`` or ``x`` is not finite.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie between 0 and 1, not {share!r}")
+    if not math.isfinite(size):
+        raise ValueError(f"size must be a finite number, not {size!r}")
+    if not torch.isfinite(x).all():
+        raise ValueError("x holds NaN or infinity; remove these rows first")
+    chosen = torch.randperm(len(x), generator=generator)[: round(share * len(x))]
+    mask = torch.zeros(len(x), dtype=torch.bool)
+    mask[chosen] = True
+    result = x.clone()
+    result[mask] = result[mask] * size
+    return result, mask
