@@ -61,22 +61,6 @@ _ZERO_MODULES = (nn.ReLU, nn.ReLU6, nn.Tanh, nn.GELU, nn.SiLU)
 _SHAPE_READS = {"size", "dim", "ndimension", "numel", "__len__", "len"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 
-_SILENT_KINDS = {
-    "relu",
-    "relu_",
-    "relu6",
-    "clamp",
-    "clamp_",
-    "clamp_min",
-    "clamp_min_",
-    "threshold",
-    "threshold_",
-    "hardtanh",
-    "hardtanh_",
-    "hardswish",
-    "squared_relu",
-}
-
 
 class SiteReport(Protocol):
     """What :func:`revive_` reads of one site of a report."""
@@ -85,6 +69,9 @@ class SiteReport(Protocol):
     kind: str
     producer: str | None
     dead: Tensor
+    unit_dim: int | tuple[int, ...]
+    silences: bool
+    shape: tuple[int, ...]
 
 
 class Report(Protocol):
@@ -143,7 +130,9 @@ class Stream:
     ``index`` are their positions among ``width`` channels (or features, with ``last``); once
     flattened, each channel has k adjacent columns, or with ``last`` k columns ``width`` apart.
     There are ``positions`` dimensions of positions (2 for images). ``constant`` is what the units
-    are while silent: ``(units, 1)``, or ``(units, k)`` once flattened.
+    are while silent: ``(units, 1)``, or ``(units, k)`` once flattened. With ``rows`` (and
+    ``last``) there is a dimension between batch and features, which a batch norm would take for
+    the channels.
     """
 
     index: Tensor
@@ -152,6 +141,7 @@ class Stream:
     constant: Tensor
     positions: int = 0
     flat: bool = False
+    rows: bool = False
 
     def columns(self, size: int) -> Tensor:
         """Positions among ``size`` inputs, ``(units, size // width)``."""
@@ -239,7 +229,8 @@ def plan_repairs(
         if not len(units):
             continue
         try:
-            pair = given.get(site.name)
+            key = next((k for k, p in given.items() if _names(k, p, site)), None)
+            pair = None if key is None else given[key]
             if site.producer is None and pair is None:
                 raise Unpaired("no layer with weights was seen to feed it")
             if site.producer is not None and site.producer not in modules:
@@ -247,24 +238,28 @@ def plan_repairs(
                     f"the report's site {site.name!r} names the layer {site.producer!r}, which the "
                     "model does not have: diagnose this model"
                 )
-            if site.kind not in _SILENT_KINDS:
+            if not site.silences:
                 raise Unpaired(f"{site.kind} has no input on which it is silent")
-            pair = pair or given.get(str(site.producer))
             if site.producer is not None and uses[site.producer] > 1:
                 raise Unpaired(
                     f"{site.producer!r} feeds {uses[site.producer]} rectifier sites, so its units "
                     "cannot be changed for one of them"
                 )
-            if pair is None:
+            if key is None or pair is None:
                 plan = _from_graphs(model, graphs, site, units)
             else:
-                plan = _from_pair(modules, site, units, pair, given)
+                plan = _from_pair(modules, site, units, pair, key)
             _check_parameters(model, plan)
         except Unpaired as reason:
             left.append(Left(site.name, len(units), str(reason)))
         else:
             plans.append(plan)
     return plans, left
+
+
+def _names(key: str, pair: Pair, site: SiteReport) -> bool:
+    """Whether a pair was given for a site: by its name, its layer's, or that of the norm."""
+    return key in (site.name, site.producer) or pair.before == (site.producer or ())
 
 
 def outputs_of(layer: Any) -> int:
@@ -297,6 +292,11 @@ def _check_units(name: str, layer: Any, site: Any) -> None:
     if outputs_of(layer) != site.dead.numel():
         raise Unpaired(
             f"it has {site.dead.numel()} units, but {name!r} has {outputs_of(layer)} outputs"
+        )
+    channels = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+    if site.unit_dim not in (channels, channels + len(site.shape)):
+        raise Unpaired(
+            f"its units lie along dimension {site.unit_dim}, not the channels of {name!r}"
         )
 
 
@@ -366,10 +366,9 @@ def _from_pair(
     site: Any,
     units: Tensor,
     pair: Pair,
-    pairs: dict[str, Pair],
+    key: str,
 ) -> Plan:
-    keys = [key for key, value in pairs.items() if value is pair and key in modules]
-    name = keys[0] if keys else site.producer
+    name = key if key in modules else site.producer
     layer = modules[name]
     _check_layer(name, layer)
     _check_units(name, layer, site)
@@ -382,7 +381,7 @@ def _from_pair(
                 f"has {outputs_of(layer)} outputs"
             )
         plan.before = (pair.before, norm)
-    stream = _start(layer, units)
+    stream = _start(layer, units, site.shape)
     for consumer in pair.names:
         target: Any = modules[consumer]
         _check_layer(consumer, target)
@@ -534,14 +533,15 @@ def _transformer_layer(modules: dict[str, nn.Module], site: Any, units: Tensor) 
     layer = modules[site.producer]
     _check_units(site.producer, layer, site)
     plan = Plan(site.name, site.producer, layer, units)
-    plan.sinks = [_consume(consumer, modules[consumer], _start(layer, units))]
+    plan.sinks = [_consume(consumer, modules[consumer], _start(layer, units, site.shape))]
     return plan
 
 
-def _start(layer: Any, units: Tensor) -> Stream:
+def _start(layer: Any, units: Tensor, shape: tuple[int, ...]) -> Stream:
     zero = torch.zeros(len(units), 1, dtype=torch.float64)
     positions = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
-    return Stream(units, outputs_of(layer), isinstance(layer, nn.Linear), zero, positions)
+    last = isinstance(layer, nn.Linear)
+    return Stream(units, outputs_of(layer), last, zero, positions, rows=last and len(shape) > 2)
 
 
 class _Walk:
@@ -588,8 +588,8 @@ class _Walk:
         self.check_called_once(name, layer)
         plan = Plan(site.name, name, layer, units)
         plan.reads_rectifier = self.is_rectified(node.args[0])
-        rectifier = self.rectifier(node, plan)
-        plan.sinks = self.follow(rectifier, _start(layer, units))
+        rectifier = self.rectifier(node, plan, len(site.shape))
+        plan.sinks = self.follow(rectifier, _start(layer, units, site.shape))
         if not plan.sinks:
             raise Unpaired("nothing reads its output")
         return plan
@@ -610,7 +610,7 @@ class _Walk:
     def users(self, node: fx.Node) -> list[fx.Node]:
         return [user for user in node.users if not _reads_shape(user)]
 
-    def rectifier(self, node: fx.Node, plan: Plan) -> fx.Node:
+    def rectifier(self, node: fx.Node, plan: Plan, ndim: int) -> fx.Node:
         """Go from the layer to its rectifier, noting the norm in between."""
         while True:
             users = self.users(node)
@@ -624,7 +624,8 @@ class _Walk:
                 return node
             if node.op == "call_module" and _is_plain(self.module(node), NORMS):
                 norm: Any = self.module(node)
-                if plan.before or norm.num_features != outputs_of(plan.layer):
+                rows = isinstance(plan.layer, nn.Linear) and ndim > 2
+                if plan.before or rows or norm.num_features != outputs_of(plan.layer):
                     raise Unpaired(f"{self.name(node)!r} does not normalize its units one by one")
                 self.check_norm(node, norm)
                 plan.before = (self.name(node), norm)
@@ -776,7 +777,7 @@ class _Walk:
     def through_norm(self, node: fx.Node, norm: Any, stream: Stream) -> list[Sink]:
         name = self.name(node)
         self.check_norm(node, norm)
-        if not stream.fits(norm.num_features):
+        if stream.rows or not stream.fits(norm.num_features):
             raise Unpaired(self.mixes(node))
         after = _through_norm(stream, norm)
         gate = _gate(name, norm, after)
@@ -791,7 +792,7 @@ class _Walk:
         """The stream after a concatenation along the channels."""
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        right = dim == -1 if stream.last else dim == 1
+        right = dim == -1 or (dim == 1 and not stream.rows) if stream.last else dim == 1
         if not right or stream.flat or not isinstance(parts, (tuple, list)):
             raise Unpaired(self.mixes(node))
         widths = [self.width(part) for part in parts]
