@@ -168,13 +168,13 @@ class Recipe:
     @property
     def hidden(self) -> int:
         """Number of hidden layers."""
-        return len(self._widths)
+        return len(self.hidden_widths)
 
     @property
     def maps(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each linear map; the pieces of maxout count as outputs."""
-        ins = [self.inputs, *self._widths]
-        outs = [width * self.pieces for width in self._widths]
+        ins = [self.inputs, *self.hidden_widths]
+        outs = [width * self.pieces for width in self.hidden_widths]
         return list(zip(ins, [*outs, self.outputs], strict=True))
 
     @property
@@ -219,7 +219,8 @@ class Recipe:
         return StackedNetwork(self, seeds, dtype=dtype)
 
     @property
-    def _widths(self) -> tuple[int, ...]:
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Units of each hidden layer, as ``widths`` or ``depth`` gave them."""
         assert isinstance(self.widths, tuple)
         return self.widths
 
@@ -272,7 +273,7 @@ class Recipe:
         norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
         bias = self.bias is not False
         modules: OrderedDict[str, nn.Module] = OrderedDict()
-        features = self._normalized
+        features = self.normalized
         for index, (ins, outs) in enumerate(self.maps, 1):
             modules[f"linear{index}"] = nn.utils.skip_init(
                 nn.Linear, ins, outs, bias, dtype=dtype, device=device
@@ -290,9 +291,9 @@ class Recipe:
         return ResidualNetwork(modules, self.hidden, self.residual)
 
     @property
-    def _normalized(self) -> list[int]:
+    def normalized(self) -> list[int]:
         """Features that each normalization sees."""
-        return [width * self.pieces for width in self._widths]
+        return [width * self.pieces for width in self.hidden_widths]
 
 
 class ResidualNetwork(nn.Module):
@@ -593,6 +594,7 @@ class StackedNetwork(nn.Module):
         recipe: What each is made of.
         seeds: The members' seeds; a number m stands for ``range(m)``.
         dtype: Type of the parameters; torch's default type by default.
+        initialize: Whether to draw the weights; they are 0 otherwise.
 
     Attributes:
         recipe: The recipe.
@@ -603,7 +605,12 @@ class StackedNetwork(nn.Module):
     """
 
     def __init__(
-        self, recipe: Recipe, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
+        self,
+        recipe: Recipe,
+        seeds: int | Iterable[int],
+        *,
+        dtype: torch.dtype | None = None,
+        initialize: bool = True,
     ):
         super().__init__()
         self.recipe = recipe
@@ -611,7 +618,7 @@ class StackedNetwork(nn.Module):
         members = len(self.seeds)
         dtype = dtype or torch.get_default_dtype()
         options = dict(recipe.activation_options)
-        features = recipe._normalized
+        features = recipe.normalized
         layers = []
         for index, (ins, outs) in enumerate(recipe.maps, 1):
             linear = StackedLinear(
@@ -638,8 +645,9 @@ class StackedNetwork(nn.Module):
             if recipe.dropout:
                 dropout = StackedDropout(self.seeds, recipe.dropout, site=2 * index + 1)
                 self.add_module(f"dropout{index}", dropout)
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        recipe._initialize(layers, generators, stacked=True)
+        if initialize:
+            generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+            recipe._initialize(layers, generators, stacked=True)
 
     def __len__(self) -> int:
         return len(self.seeds)

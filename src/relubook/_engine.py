@@ -1,0 +1,551 @@
+"""The computation behind :func:`relubook.training.train_many`: members laid out for speed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relubook.maxout import MaxPieces
+from relubook.stacked import (
+    Recipe,
+    StackedBatchNorm,
+    StackedLayerNorm,
+    StackedNetwork,
+    StackedPReLU,
+    StackedRReLU,
+    _bits,
+    _kept,
+    _Keyed,
+    _slopes,
+    _wire,
+)
+
+# Rows of the training set evaluated at once: fixed, so that sums do not depend on the members.
+ROWS = 128
+# Alignment that makes a member's numbers independent of its place in the stack.
+FEATURES, MEMBERS = 8, 64
+# Largest linear map for which plain arithmetic with the members side by side beats batched
+# matrix products.
+SMALL_MAP = 16
+
+
+STATES = {"sgd": 0, "adam": 2, "adamw": 2, "adamax": 2, "adadelta": 2, "rmsprop": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked arguments of a run."""
+
+    recipe: Recipe
+    x: Tensor
+    y: Tensor
+    seeds: tuple[int, ...]
+    lr: Tensor
+    steps: int
+    optimizer: str
+    options: dict[str, Any]
+    loss: Any
+    batch_size: int | None
+    batch_seed: int | None
+    factor: Callable[[int], float]
+    clip: float | None
+    record: tuple[int, ...]
+    validation: tuple[Tensor, Tensor] | None
+    device: torch.device
+
+    def part(self, start: int, stop: int) -> "Plan":
+        def cut(value: Tensor, shared: int) -> Tensor:
+            return value[start:stop] if value.dim() > shared else value
+
+        changes = {
+            "seeds": self.seeds[start:stop],
+            "lr": self.lr[start:stop],
+            "x": cut(self.x, 2),
+            "y": cut(self.y, shared_dims(self.loss)),
+        }
+        if self.validation is not None:
+            x, y = self.validation
+            changes["validation"] = (cut(x, 2), cut(y, shared_dims(self.loss)))
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Plan(**values | changes)
+
+
+def shared_dims(loss: Any) -> int:
+    return 1 if loss == "cross_entropy" else 2
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def is_narrow(recipe: Recipe) -> bool:
+    """Whether every map is so small that members stand side by side in the last dimension."""
+    return max(ins * outs for ins, outs in recipe.maps) <= SMALL_MAP
+
+
+class _Map(torch.autograd.Function):
+    """Batched linear maps (M, B, in) to (M, B, out); writes its gradients where they belong."""
+
+    @staticmethod
+    def forward(ctx, anchor, x, weight, bias, weight_grad, bias_grad):
+        ctx.save_for_backward(x, weight)
+        ctx.grads = weight_grad, bias_grad
+        if bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(bias[:, None], x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        weight_grad, bias_grad = ctx.grads
+        grad = grad.contiguous()
+        torch.bmm(x.mT, grad, out=weight_grad)
+        if bias_grad is not None:
+            torch.sum(grad, 1, out=bias_grad)
+        back = torch.bmm(grad, weight.mT) if ctx.needs_input_grad[1] else None
+        return None, back, None, None, None, None
+
+
+class _NarrowMap(torch.autograd.Function):
+    """Linear maps (in, B, M) to (out, B, M) by plain arithmetic, members side by side."""
+
+    @staticmethod
+    def forward(ctx, anchor, x, weight, bias, weight_grad, bias_grad):
+        ctx.save_for_backward(x, weight)
+        ctx.grads = weight_grad, bias_grad
+        rows = weight.unsqueeze(2)
+        out = rows[0] * x[0] if bias is None else torch.addcmul(bias[:, None], rows[0], x[0])
+        for i in range(1, len(rows)):
+            out.addcmul_(rows[i], x[i])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        weight_grad, bias_grad = ctx.grads
+        for i in range(len(x)):
+            torch.sum(x[i] * grad, 1, out=weight_grad[i])
+        if bias_grad is not None:
+            torch.sum(grad, 1, out=bias_grad)
+        back = None
+        if ctx.needs_input_grad[1]:
+            columns = weight.unsqueeze(2)
+            back = columns[:, 0] * grad[0]
+            for o in range(1, len(grad)):
+                back.addcmul_(columns[:, o], grad[o])
+        return None, back, None, None, None, None
+
+
+def _without_tail(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an elementwise function so that every element takes the vectorized path.
+
+    The last few elements of a tensor are computed one by one, and exponentials then round
+    differently: a member would depend on its place.
+    """
+    missing = -x.numel() % 64
+    if not missing:
+        return function(x)
+    return function(F.pad(x.flatten(), (0, missing)))[: x.numel()].view(x.shape)
+
+
+class Engine:
+    """A stack laid out for speed: one flat buffer of parameters, one of their gradients.
+
+    Wide networks keep the members first, (M, B, F), with the features padded to a multiple of 8;
+    narrow ones keep them last, (F, B, M), with the members padded to a multiple of 64. Either
+    way a member's numbers do not depend on its place. What is padded stays 0, or belongs to
+    members that do not exist.
+    """
+
+    def __init__(self, plan: Plan, network: StackedNetwork):
+        self.plan, self.network, self.recipe = plan, network, plan.recipe
+        self.members = len(plan.seeds)
+        self.narrow = is_narrow(self.recipe)
+        self.places = round_up(self.members, MEMBERS) if self.narrow else self.members
+        self.device, self.dtype = plan.device, plan.x.dtype
+        self.step = 0
+        self.training = True
+        self.flags: list[Tensor | None] | None = None
+        self.anchor = torch.zeros((), requires_grad=True, device=self.device)
+        self.keys: Tensor | None = None
+        blocks, size = {}, 0
+        for name, parameter in network.named_parameters():
+            shape = self._shape(name, parameter)
+            blocks[name] = (size, shape)
+            size += round_up(math.prod(shape), 16)
+        self.flat, self.grad, self.rates = (
+            torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(3)
+        )
+        self.values = {name: self._view(self.flat, block) for name, block in blocks.items()}
+        self.grads = {name: self._view(self.grad, block) for name, block in blocks.items()}
+        rates = torch.zeros(self.places, dtype=self.dtype, device=self.device)
+        rates[: self.members] = plan.lr.to(self.device, self.dtype)
+        for name, block in blocks.items():
+            view = self._view(self.rates, block)
+            view.copy_(rates if self.narrow else rates.view(-1, *[1] * (view.dim() - 1)))
+            self._put(self.values[name], dict(network.named_parameters())[name].detach())
+        self.buffers = {}
+        for name, buffer in network.named_buffers():
+            if buffer.dim() and buffer.is_floating_point():
+                self.buffers[name] = torch.zeros(
+                    self._shape(name, buffer), dtype=self.dtype, device=self.device
+                )
+                self._put(self.buffers[name], buffer)
+        # What autograd itself must reach: everything but the linear maps.
+        self.leaves = {}
+        for name, value in self.values.items():
+            if not name.startswith("linear"):
+                leaf = value.detach().requires_grad_()
+                leaf.grad = self.grads[name]
+                self.leaves[name] = leaf
+        zero = torch.zeros(1, dtype=self.dtype)
+        act = getattr(network, "act1", nn.ReLU())
+        self.moves_zero = not isinstance(act, StackedPReLU | StackedRReLU | MaxPieces) and bool(
+            act(zero) != 0
+        )
+
+    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        sizes = tensor.shape[1:]
+        if self.narrow:
+            return (*sizes, self.places)
+        if name.startswith("act") and sizes == (1,):
+            return (self.members, 1)
+        return (self.members, *(round_up(size, FEATURES) for size in sizes))
+
+    @staticmethod
+    def _view(flat: Tensor, block: tuple[int, tuple[int, ...]]) -> Tensor:
+        start, shape = block
+        return flat[start : start + math.prod(shape)].view(shape)
+
+    def _real(self, padded: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the part that is not padding, members first."""
+        if self.narrow:
+            return padded[..., : self.members].movedim(-1, 0)
+        return padded[tuple(slice(size) for size in shape)]
+
+    def _put(self, padded: Tensor, value: Tensor) -> None:
+        self._real(padded, value.shape).copy_(value)
+
+    def store(self) -> None:
+        """Copy everything back into the network."""
+        state = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        with torch.no_grad():
+            for name, padded in (self.values | self.buffers).items():
+                state[name].copy_(self._real(padded, state[name].shape))
+            for name, buffer in self.network.named_buffers():
+                if name.endswith("num_batches_tracked"):
+                    buffer.fill_(self.step)
+        for module in self.network.modules():
+            if isinstance(module, _Keyed):
+                module.calls = self.step
+
+    def _pad(self, x: Tensor) -> Tensor:
+        missing = 0 if self.narrow else -x.shape[-1] % FEATURES
+        return F.pad(x, (0, missing)) if missing else x
+
+    def run(self, x: Tensor) -> Tensor:
+        """Run all members on padded inputs and return padded outputs."""
+        return _wire(self.recipe.hidden, self.recipe.residual, x, self._apply)
+
+    def _apply(self, kind: str, layer: int, x: Tensor) -> Tensor:
+        name = f"{kind}{layer}"
+        module = getattr(self.network, name, None)
+        if module is None:
+            return x
+        if kind == "linear":
+            rule = _NarrowMap if self.narrow else _Map
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            return rule.apply(
+                self.anchor, x, self.values[weight], self.values.get(bias),
+                self.grads[weight], self.grads.get(bias),
+            )  # fmt: skip
+        if kind == "norm":
+            return self._normalize(name, module, x)
+        if kind == "dropout":
+            return x * self._keyed(module, x, self._kept) if self.training else x
+        out = self._activate(name, module, x)
+        if self.flags is not None:
+            peak = out.detach().abs().amax(1)
+            seen = self.flags[layer - 1]
+            # NaN is not silence: it wins every maximum.
+            self.flags[layer - 1] = peak if seen is None else torch.maximum(seen, peak)
+        return out
+
+    def _activate(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, nn.ReLU):
+            return F.relu(x) if self.recipe.residual == "pre-activation" else F.relu_(x)
+        if isinstance(module, StackedPReLU):
+            slope = self.leaves[f"{name}.weight"].unsqueeze(1)
+            return torch.where(x > 0, x, slope * x)
+        if isinstance(module, StackedRReLU):
+            if not self.training:
+                return F.leaky_relu(x, (module.lower + module.upper) / 2)
+            slope = self._keyed(module, x, self._slope)
+            return torch.where(x > 0, x, slope * x)
+        if isinstance(module, MaxPieces):
+            pieces, layer = module.pieces, int(name.removeprefix("act"))
+            units = self.recipe.hidden_widths[layer - 1]
+            if self.narrow:
+                return x.unflatten(0, (units, pieces)).amax(1)
+            return self._pad(x[..., : units * pieces].unflatten(-1, (units, pieces)).amax(-1))
+        out = _without_tail(module, x)
+        if self.moves_zero and not self.narrow:
+            real = self.recipe.hidden_widths[int(name.removeprefix("act")) - 1]
+            return self._pad(out[..., :real]) if real < out.shape[-1] else out
+        return out
+
+    def _kept(self, module: Any, bits: Tensor) -> Tensor:
+        return _kept(bits, module.p, self.dtype)
+
+    def _slope(self, module: Any, bits: Tensor) -> Tensor:
+        return _slopes(bits, module.lower, module.upper, self.dtype)
+
+    def _keyed(self, module: Any, x: Tensor, value: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """Draw an element's number by member, step, layer and place, in the engine's layout."""
+        features = self.recipe.hidden_widths[module.site // 2 - 1]
+        batch = x.shape[1]
+        if self.keys is None:
+            self.keys = module.keys.to(self.device)
+        bits = _bits(self.keys, self.step, module.site, batch * features)
+        drawn = value(module, bits).view(-1, batch, features)
+        if self.narrow:
+            return F.pad(drawn.permute(2, 1, 0), (0, self.places - self.members))
+        return self._pad(drawn)
+
+    def _normalize(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        weight = self.leaves[f"{name}.weight"].unsqueeze(1)
+        bias = self.leaves[f"{name}.bias"].unsqueeze(1)
+        if isinstance(module, StackedBatchNorm):
+            running_mean = self.buffers[f"{name}.running_mean"]
+            running_var = self.buffers[f"{name}.running_var"]
+            if self.training:
+                var, mean = torch.var_mean(x, 1, correction=0)
+                with torch.no_grad():
+                    n = x.shape[1]
+                    running_mean.lerp_(mean, module.momentum)
+                    running_var.lerp_(var * (n / (n - 1)), module.momentum)
+            else:
+                mean, var = running_mean, running_var
+            scale = weight * torch.rsqrt(var + module.eps).unsqueeze(1)
+            return (x - mean.unsqueeze(1)) * scale + bias
+        assert isinstance(module, StackedLayerNorm)
+        features = module.weight.shape[1]
+        if self.narrow:
+            var, mean = torch.var_mean(x, 0, correction=0)
+            normal = (x - mean) * torch.rsqrt(var + module.eps)
+        else:
+            normal = self._pad(F.layer_norm(x[..., :features], (features,), eps=module.eps))
+        return normal * weight + bias
+
+    def norms(self) -> Tensor:
+        """Return the norm of each member's gradient, shape (places,)."""
+        total = torch.zeros(self.places, dtype=self.dtype, device=self.device)
+        for grad in self.grads.values():
+            square = grad * grad
+            dims = list(range(grad.dim() - 1)) if self.narrow else list(range(1, grad.dim()))
+            total += square.sum(dims)
+        return total.sqrt_()
+
+    def clip(self, norms: Tensor, largest: float) -> None:
+        """Scale down the gradients of members whose norm is too large."""
+        factor = (largest / (norms + 1e-6)).clamp_(max=1.0)
+        for grad in self.grads.values():
+            grad.mul_(factor if self.narrow else factor.view(-1, *[1] * (grad.dim() - 1)))
+
+
+class Data:
+    """The training or validation set in the engine's layout."""
+
+    def __init__(self, engine: Engine, x: Tensor, y: Tensor):
+        self.engine, self.n = engine, x.shape[-2]
+        self.loss, self.outputs = engine.plan.loss, engine.recipe.outputs
+        self.own_x, self.own_y = x.dim() == 3, y.dim() > shared_dims(self.loss)
+        if engine.narrow:
+            extra = engine.places - engine.members
+            # (in, n) or (in, n, M)
+            self.x = F.pad(x.permute(2, 1, 0), (0, extra)) if self.own_x else x.mT.contiguous()
+            if self.own_y:
+                y = y.movedim(0, -1)
+                y = torch.cat([y, y.new_zeros(*y.shape[:-1], extra)], -1)
+            self.y = y
+        else:
+            self.x = F.pad(x, (0, -x.shape[-1] % FEATURES)).contiguous()
+            self.y = y
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return neighboring examples for all members; shared ones as expanded views."""
+        engine = self.engine
+        if engine.narrow:
+            x = self.x[:, start:stop]
+            x = x if self.own_x else x.unsqueeze(-1).expand(-1, -1, engine.places)
+            y = self.y[start:stop]
+            return x, y if self.own_y else y.unsqueeze(-1).expand(*y.shape, engine.places)
+        x = self.x[..., start:stop, :]
+        x = x if self.own_x else x.expand(engine.members, -1, -1)
+        y = self.y[:, start:stop] if self.own_y else self.y[start:stop]
+        return x, y if self.own_y else y.expand(engine.members, *y.shape)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the examples of an index: (M, B), or (B, places) with the members last."""
+        engine = self.engine
+        flat = index.reshape(-1)
+        if engine.narrow:
+            if self.own_x:
+                x = self.x.gather(1, index.expand(len(self.x), *index.shape))
+            else:
+                x = self.x.index_select(1, flat).view(len(self.x), *index.shape)
+            if self.own_y:
+                shape = (index.shape[0], *self.y.shape[1:-1], index.shape[1])
+                inner = index.view(index.shape[0], *[1] * (self.y.dim() - 2), -1)
+                return x, self.y.gather(0, inner.expand(shape))
+            y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
+            return x, y.movedim(1, -1)
+        apart = (torch.arange(len(index), device=index.device)[:, None] * self.n + index).view(-1)
+        x = self.x.flatten(0, 1) if self.own_x else self.x
+        y = self.y.flatten(0, 1) if self.own_y else self.y
+        x = x.index_select(0, apart if self.own_x else flat).view(*index.shape, -1)
+        y = y.index_select(0, apart if self.own_y else flat)
+        return x, y.view(*index.shape, *y.shape[1:])
+
+    def output(self, out: Tensor) -> Tensor:
+        """Drop the padding of the outputs: (M, B, outputs), or (outputs, B, places)."""
+        return out if self.engine.narrow else out[..., : self.outputs]
+
+    def total(self, out: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the members' mean losses over a batch."""
+        batch = out.shape[1]
+        out = self.output(out)
+        if callable(self.loss):
+            return self.each(out, y).sum()
+        if self.loss == "cross_entropy":
+            if self.engine.narrow:
+                return F.cross_entropy(out.transpose(0, 1), y, reduction="sum") / batch
+            return F.cross_entropy(out.flatten(0, 1), y.reshape(-1), reduction="sum") / batch
+        y = y.transpose(0, 1) if self.engine.narrow else y
+        compare = F.mse_loss if self.loss == "mse" else F.l1_loss
+        return compare(out, y, reduction="sum") / (batch * self.outputs)
+
+    def each(self, out: Tensor, y: Tensor) -> Tensor:
+        """Return the members' losses, from a function of the user's, members first."""
+        members = self.engine.members
+        if self.engine.narrow:
+            out, y = out.permute(2, 1, 0)[:members], y.movedim(-1, 0)[:members]
+        losses = self.loss(out, y)
+        if losses.shape != (members,):
+            raise ValueError(
+                f"the loss must return one number a member, shape ({members},), "
+                f"not {tuple(losses.shape)}"
+            )
+        return losses
+
+    def sums(self, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums over the examples of loss and hits, both (places,)."""
+        narrow = self.engine.narrow
+        out = self.output(out)
+        over = 0 if narrow else 1
+        if callable(self.loss):
+            losses = self.each(out, y) * out.shape[1]
+            return losses, torch.full_like(losses, math.nan)
+        if self.loss == "cross_entropy":
+            classes = 0 if narrow else -1
+            log_p = torch.log_softmax(out, classes)
+            losses = -log_p.gather(classes, y.unsqueeze(classes)).squeeze(classes)
+            hits = (out.argmax(classes) == y).to(out.dtype)
+            return losses.sum(over), hits.sum(over)
+        y = y.transpose(0, 1) if narrow else y
+        error = out - y
+        error = error * error if self.loss == "mse" else error.abs()
+        losses = error.mean(0 if narrow else -1).sum(over)
+        return losses, torch.full_like(losses, math.nan)
+
+
+def evaluate(engine: Engine, data: Data, watch: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return loss, accuracy and the largest output of each hidden unit over a whole set."""
+    engine.training = False
+    engine.flags = [None] * engine.recipe.hidden if watch else None
+    loss = hits = torch.zeros((), dtype=engine.dtype, device=engine.device)
+    with torch.no_grad():
+        for start in range(0, data.n, ROWS):
+            x, y = data.rows(start, min(start + ROWS, data.n))
+            one, two = data.sums(engine.run(x), y)
+            loss, hits = loss + one, hits + two
+    flags = engine.flags or []
+    engine.training, engine.flags = True, None
+    members = engine.members
+    peaks = []
+    for layer, flag in enumerate(flags):
+        assert flag is not None
+        real = (members, engine.recipe.hidden_widths[layer])
+        peaks.append(engine._real(flag, real))
+    return loss[:members] / data.n, hits[:members] / data.n, peaks
+
+
+class Optimizer:
+    """The optimizers of torch.optim over one flat buffer, with a rate for each number."""
+
+    def __init__(self, engine: Engine):
+        self.name, self.options = engine.plan.optimizer, engine.plan.options
+        self.p, self.g, self.rates = engine.flat, engine.grad, engine.rates
+        self.scratch = torch.zeros_like(self.p)
+        count = STATES[self.name] + bool(self.options.get("momentum"))
+        self.state = [torch.zeros_like(self.p) for _ in range(count)]
+        self.t = 0
+
+    def step(self, factor: float) -> None:
+        """Move the parameters by one step with the rates times ``factor``."""
+        self.t += 1
+        decay = self.options["weight_decay"]
+        if decay and self.name == "adamw":
+            self.p.addcmul_(self.p, self.rates, value=-factor * decay)
+        elif decay:
+            self.g.add_(self.p, alpha=decay)
+        getattr(self, "_" + ("adam" if self.name == "adamw" else self.name))(factor)
+
+    def _sgd(self, factor: float) -> None:
+        move = self.g
+        if momentum := self.options["momentum"]:
+            (velocity,) = self.state
+            velocity.mul_(momentum).add_(self.g)
+            move = self.g.add_(velocity, alpha=momentum) if self.options["nesterov"] else velocity
+        self.p.addcmul_(move, self.rates, value=-factor)
+
+    def _adam(self, factor: float) -> None:
+        (first, second), (beta1, beta2) = self.state, self.options["betas"]
+        first.lerp_(self.g, 1 - beta1)
+        second.mul_(beta2).addcmul_(self.g, self.g, value=1 - beta2)
+        # Both bias corrections in the scalars: eps is enlarged by what the root is not divided.
+        correction = math.sqrt(1 - beta2**self.t)
+        torch.sqrt(second, out=self.scratch).add_(self.options["eps"] * correction)
+        torch.div(first, self.scratch, out=self.scratch)
+        scale = factor * correction / (1 - beta1**self.t)
+        self.p.addcmul_(self.scratch, self.rates, value=-scale)
+
+    def _adamax(self, factor: float) -> None:
+        (first, largest), (beta1, beta2) = self.state, self.options["betas"]
+        first.lerp_(self.g, 1 - beta1)
+        torch.abs(self.g, out=self.scratch).add_(self.options["eps"])
+        torch.maximum(largest.mul_(beta2), self.scratch, out=largest)
+        torch.div(first, largest, out=self.scratch)
+        self.p.addcmul_(self.scratch, self.rates, value=-factor / (1 - beta1**self.t))
+
+    def _adadelta(self, factor: float) -> None:
+        (square, moved), rho, eps = self.state, self.options["rho"], self.options["eps"]
+        square.mul_(rho).addcmul_(self.g, self.g, value=1 - rho)
+        torch.add(moved, eps, out=self.scratch).sqrt_()
+        self.scratch.mul_(self.g).div_((square + eps).sqrt_())
+        moved.mul_(rho).addcmul_(self.scratch, self.scratch, value=1 - rho)
+        self.p.addcmul_(self.scratch, self.rates, value=-factor)
+
+    def _rmsprop(self, factor: float) -> None:
+        square, alpha = self.state[0], self.options["alpha"]
+        square.mul_(alpha).addcmul_(self.g, self.g, value=1 - alpha)
+        torch.sqrt(square, out=self.scratch).add_(self.options["eps"])
+        torch.div(self.g, self.scratch, out=self.scratch)
+        move = self.scratch
+        if momentum := self.options["momentum"]:
+            move = self.state[1].mul_(momentum).add_(self.scratch)
+        self.p.addcmul_(move, self.rates, value=-factor)
