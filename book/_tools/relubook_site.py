@@ -22,14 +22,17 @@ def exclude_text_twins(app: Sphinx, config: Any) -> None:
     ]
 
 
-def drop_unused_assets(
+def lighten_page(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
-    """Leave out scripts and styles that come with the build system and that no page uses."""
+    """Leave out scripts and styles that no page uses, and follow the reader's light or dark mode."""
+
+    context["default_mode"] = "auto"
 
     def used(asset: Any, unused: tuple[str, ...]) -> bool:
-        name = str(getattr(asset, "filename", asset) or "")
-        return not any(word in name for word in unused)
+        inline = getattr(asset, "attributes", {}).get("body") or ""
+        name = str(getattr(asset, "filename", asset) or inline)
+        return not any(word in name.lower() for word in unused)
 
     context["script_files"] = [f for f in context["script_files"] if used(f, UNUSED_SCRIPTS)]
     context["css_files"] = [f for f in context["css_files"] if used(f, UNUSED_STYLES)]
@@ -49,30 +52,29 @@ class ClaimsTable(SphinxDirective):
         by_chapter: dict[str, list[dict[str, Any]]] = {}
         for row in ledger():
             by_chapter.setdefault(row["chapter"], []).append(row)
-        built = self.env.found_docs
         for chapter, rows in by_chapter.items():
-            exists = f"book/{chapter}" in built
-            title = f"[{chapter}]({chapter}.ipynb)" if exists else f"{chapter} (in preparation)"
-            lines += [f"## {title}", ""]
+            name = chapter.replace("-", " ").capitalize()
+            built = f"book/{chapter}" in self.env.found_docs
+            lines += [f"## {{doc}}`{chapter}`" if built else f"## {name} (in preparation)", ""]
             for row in rows:
-                lines += [f"`{row['id']}` ({row['whose']})", f": {row['statement']}"]
-                verdict = row["verdict"] or "untested"
-                if row["depends_on"]:
-                    verdict += f" on {row['depends_on']}"
-                lines += ["", f"  **{verdict[0].upper()}{verdict[1:]}.** {_evidence(row)}", ""]
+                lines += [f"`{row['id']}` ({row['whose']})", f": {row['statement']}", ""]
+                lines += [f"  {line}" for line in _verdict_lines(row)]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
-def _evidence(row: dict[str, Any]) -> str:
-    words = []
+def _verdict_lines(row: dict[str, Any]) -> list[str]:
+    verdict = row["verdict"] or "untested"
+    condition = f" on {row['depends_on']}" if row["depends_on"] else ""
+    lines = [f"**{verdict.capitalize()}**{condition}.", ""]
     for entry in row["evidence"]:
         if "source" in entry:
-            words.append(f"[{entry['source']}]({entry['url']})")
+            lines.append(f"- [{entry['source']}]({entry['url']})")
         else:
-            words.append(
-                f"{entry['part']}: {entry['measured']}, test: {entry['test']} ({entry['verdict']})"
+            lines.append(
+                f"- *{entry['part']}*: {entry['prediction']}. "
+                f"Test: {entry['test']}. Measured: {entry['measured']}. **{entry['verdict']}**"
             )
-    return "; ".join(words) + ("." if words else "")
+    return [*lines, ""]
 
 
 class SourceNotes(SphinxDirective):
@@ -83,15 +85,15 @@ class SourceNotes(SphinxDirective):
         lines = []
         for label, note in source_notes().items():
             facts = ", ".join(filter(None, [note["author"], note["date"] or "undated"]))
-            title = f"“{note['title']}”" if note["title"] else ""
-            lines.append(f"- **{label}**: {title} {note['title_en']} ({facts})")
+            titles = dict.fromkeys(filter(None, [note["title"], note["title_en"]]))
+            lines.append(f"- **{label}**: {' · '.join(titles)} ({facts})")
         return self.parse_text_to_nodes("\n".join(lines))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.connect("config-inited", exclude_text_twins)
-    app.connect("html-page-context", drop_unused_assets, priority=900)
+    app.connect("html-page-context", lighten_page, priority=900)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -259,10 +259,11 @@ class Verdict:
         color = _COLORS[self.verdict]
         cell = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
         rows = "".join(
-            f'<tr><td {cell}><b>{html.escape(p.name)}</b>: {html.escape(p.prediction)}</td>'
+            f"<tr><td {cell}><b>{html.escape(p.name)}</b>: {html.escape(p.prediction)}</td>"
             f"<td {cell}>{html.escape(p.criterion.wording)}</td>"
             f'<td class="evidence" {cell}>{html.escape(p.evidence)}</td>'
-            f"<td {cell}>{_MARKS[p.verdict]} {p.verdict}</td></tr>"
+            f'<td {cell}><span style="white-space: nowrap">{_MARKS[p.verdict]} {p.verdict}</span>'
+            "</td></tr>"
             for p in self.parts
         )
         table = ""

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from relubook._optional import require
 
-__all__ = ["DATASETS", "TARGETS", "Dataset", "Split", "Target", "dataset", "inject_outliers", "target"]
+__all__ = [
+    "DATASETS",
+    "TARGETS",
+    "Dataset",
+    "Split",
+    "Target",
+    "dataset",
+    "inject_outliers",
+    "target",
+]
 
 
 @dataclass(frozen=True)

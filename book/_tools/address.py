@@ -1,0 +1,58 @@
+"""Change the repository's address everywhere: `make address URL=https://github.com/owner/relubook`.
+
+The address stands in _config.yml. The files that must spell it out (chapters, README, metadata) are
+rewritten from there.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+FORM = re.compile(r"https://github\.com/[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_.-]+")
+MENTION = re.compile(r"(?:https://)?(github\.com|gh|github)/([A-Za-z0-9-]+/relubook)\b")
+SKIPPED = (".lock", ".png", ".svg", ".json")
+
+
+def current() -> str:
+    """Return the address in _config.yml."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    return config["repository"]["url"]
+
+
+def files() -> list[Path]:
+    """Return the tracked text files that may spell the address out."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = (ROOT / line for line in listed.stdout.splitlines())
+    return [p for p in paths if p.is_file() and p.suffix not in SKIPPED]
+
+
+def mentions(path: Path) -> list[str]:
+    """Return every owner/name that a file gives this project."""
+    return [m[2] for m in MENTION.finditer(path.read_text(encoding="utf-8"))]
+
+
+def main() -> None:
+    """Rewrite the address everywhere."""
+    if len(sys.argv) != 2 or not FORM.fullmatch(sys.argv[1].removesuffix(".git")):
+        sys.exit("say: make address URL=https://github.com/OWNER/NAME")
+    old, new = current(), sys.argv[1].removesuffix(".git").rstrip("/")
+    old_name, new_name = (url.removeprefix("https://github.com/") for url in (old, new))
+    for path in files():
+        text = path.read_text(encoding="utf-8")
+        if old_name in text:
+            path.write_text(text.replace(old_name, new_name), encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
