@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from relubook.sites import undisturbed
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, *_CONVOLUTIONS, *TRANSPOSED)
@@ -451,7 +453,7 @@ class _Graphs:
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     """Trace a module without leaving anything behind in it; None if that does not work."""
-    with _kept(module), forked(module):
+    with undisturbed(module), _kept(module):
         module.train(training)
         for part in module.modules():  # a user's hooks are not to meet symbols
             part._forward_hooks = OrderedDict()
@@ -491,14 +493,6 @@ def _kept(module: nn.Module) -> Iterator[None]:
                 else:
                     held.clear()
                     held.update(content)
-
-
-@contextmanager
-def forked(module: nn.Module) -> Iterator[None]:
-    """Keep the global random state, that of the module's devices too."""
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng([d.index or 0 for d in devices]):
-        yield
 
 
 def _from_graphs(model: nn.Module, graphs: _Graphs, site: Any, units: Tensor) -> Plan:
@@ -587,7 +581,7 @@ class _Walk:
         _check_units(name, layer, site)
         self.check_called_once(name, layer)
         plan = Plan(site.name, name, layer, units)
-        plan.reads_rectifier = self.is_rectified(node.args[0])
+        plan.reads_rectifier = self.is_rectified(_input(node))
         rectifier = self.rectifier(node, plan, len(site.shape))
         plan.sinks = self.follow(rectifier, _start(layer, units, site.shape))
         if not plan.sinks:
@@ -596,7 +590,7 @@ class _Walk:
 
     def source(self, norm: fx.Node) -> fx.Node:
         """The layer in front of a norm."""
-        node = norm.args[0]
+        node = _input(norm)
         if not isinstance(node, fx.Node) or node.op != "call_module":
             raise Unpaired(f"what feeds {self.name(norm)!r} is not one layer")
         return node
@@ -669,7 +663,7 @@ class _Walk:
         while isinstance(node, fx.Node) and not self.is_rectifier(node):
             if self.rule(node) not in ("same", "constant", "flatten", "mean"):
                 return False
-            node = node.args[0]
+            node = _input(node)
         return isinstance(node, fx.Node)
 
     def rule(self, node: fx.Node) -> str | None:
@@ -703,7 +697,7 @@ class _Walk:
         if name in _ZERO_CALLS:
             return "zero"
         if name in ("pow", "mul", "truediv", "div") and len(rest) == 1 and _is_positive(rest[0]):
-            return "zero" if isinstance(node.args[0], fx.Node) else None
+            return "zero" if isinstance(_input(node), fx.Node) else None
         if name == "flatten":
             dims = (*rest, *(node.kwargs[k] for k in ("start_dim", "end_dim") if k in node.kwargs))
             return "flatten" if _flattens(dims) else None
@@ -727,7 +721,16 @@ class _Walk:
             origin = size.args[0].args[0]
         else:
             return False
-        return origin is node.args[0] or origin.op == "placeholder"
+        return origin.op == "placeholder" or self.keeps_batch(_input(node), origin)
+
+    def keeps_batch(self, node: Any, origin: fx.Node) -> bool:
+        """Whether a node comes from ``origin`` by steps that keep the first dimension."""
+        while isinstance(node, fx.Node) and node is not origin:
+            layer = node.op == "call_module" and _is_plain(self.module(node), _LAYERS + NORMS)
+            if not layer and not self.is_rectifier(node) and self.rule(node) is None:
+                return False
+            node = _input(node)
+        return node is origin
 
     def is_pool(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -817,7 +820,7 @@ class _Walk:
             widths = [self.width(part) for part in parts]
             return None if None in widths else sum(w for w in widths if w is not None)
         keeps = self.is_rectifier(node) or self.rule(node) in ("same", "constant", "zero")
-        return self.width(node.args[0]) if keeps and node.args else None
+        return self.width(_input(node)) if keeps else None
 
 
 def _strip(name: str, scope: str) -> str:
@@ -828,6 +831,10 @@ def _call(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _reads_shape(node: fx.Node) -> bool:

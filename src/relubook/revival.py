@@ -31,8 +31,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from relubook._paths import TRANSPOSED, Left, Pair, Plan, Report, forked, inputs_of, plan_repairs
+from relubook._paths import TRANSPOSED, Left, Pair, Plan, Report, inputs_of, plan_repairs
 from relubook.init import he_normal_
+from relubook.sites import undisturbed, unwrapped
 
 __all__ = ["Change", "Left", "Pair", "Revival", "revive_"]
 
@@ -197,6 +198,7 @@ def revive_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted, its layers cannot be read: revive the model it is from")
     if not hasattr(report, "sites"):
@@ -351,38 +353,39 @@ def _generator() -> torch.Generator:
 
 def _center(model: nn.Module, plans: list[Plan], batch: Any, transaction: _Transaction) -> None:
     """Give the fresh units mean 0 on a batch, layer after layer in one pass."""
+    statistics: list[tuple[Tensor, Tensor]] = []
     handles = []
-    modes = [(m, m.training) for m in model.modules()]
     for plan in plans:
-        if plan.before is not None and plan.before[1].running_mean is not None:
-            norm = plan.before[1]
-            handles.append(norm.register_forward_pre_hook(_norm_centering(plan, transaction)))
-        elif plan.before is None:
+        if plan.before is None:
             handles.append(plan.layer.register_forward_hook(_layer_centering(plan, transaction)))
+        elif plan.before[1].running_mean is not None:
+            hook = _norm_centering(plan, statistics)
+            handles.append(plan.before[1].register_forward_pre_hook(hook))
     try:
-        model.eval()
-        with forked(model):
+        with undisturbed(model):
+            model.eval()
             device = next(model.parameters()).device
             if isinstance(batch, Mapping):
                 model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             else:
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                inputs = batch[0] if isinstance(batch, tuple | list) else batch
                 model(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
+    for buffer, value in statistics:
+        transaction.touch(buffer).copy_(value)
 
 
-def _norm_centering(plan: Plan, transaction: _Transaction) -> Callable[..., None]:
+def _norm_centering(plan: Plan, statistics: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
         at = plan.units.to(args[0].device)
         values = args[0].index_select(1, at).double().transpose(0, 1).flatten(1)
         variance, mean = torch.var_mean(values, dim=1, correction=0)
         _check_finite(plan, mean)
-        transaction.touch(module.running_mean)[at] = mean.to(module.running_mean.dtype)
-        transaction.touch(module.running_var)[at] = variance.to(module.running_var.dtype)
+        for buffer, value in ((module.running_mean, mean), (module.running_var, variance)):
+            buffer[at] = value.to(buffer.dtype)
+            statistics.append((buffer, buffer.clone()))  # the pass itself leaves buffers alone
 
     return hook
 
