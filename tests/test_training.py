@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
 from relubook.activations import activation_names
+from relubook.diagnosis import diagnose
 from relubook.stacked import RESIDUALS, Recipe, keyed_uniform
 from relubook.training import (
     OPTIMIZERS,
@@ -335,6 +336,41 @@ def test_record_equals_the_members_own_figures(widths):
             counted += int(dead.sum())
     if max(widths) < 16:
         assert counted > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"widths": (2,) * 6, "inputs": 1},
+        {"normalization": "batch"},
+        {"residual": "relu(f+x)"},
+        {"residual": "pre-activation", "normalization": "layer"},
+        {"activation": "relu6", "dropout": 0.2},
+        {"activation": "hardswish"},
+        {"activation": "gelu"},
+    ],
+)
+def test_dead_counts_equal_diagnose(changes):
+    recipe = make(**changes)
+    x, y = data(recipe, n=200)
+    run = train_many(
+        recipe, x, y, seeds=6, steps=15, lr=1.0, optimizer="sgd", record=5, batch_size=50
+    )
+    family = "all" if recipe.activation == "gelu" else "rectifiers"
+    for step, part in ((0, recipe.stack(6, dtype=torch.float64)), (15, run.network)):
+        for i in range(6):
+            if run.diverged[i] >= 0 and step:
+                continue
+            report = diagnose(part.member(i), x.split(64), mode="eval", family=family)
+            for layer, width in enumerate(recipe.hidden_widths):
+                dead = report[f"act{layer + 1}"].dead
+                share = run.dead[run.steps.index(step), i, layer].item()
+                assert share * width == pytest.approx(int(dead.sum()))
+                if step:
+                    assert torch.equal(run.died[layer][i] >= 0, dead)
+    if not changes or "inputs" in changes:
+        assert run.dead.nansum() > 0
 
 
 def test_dates_of_death():

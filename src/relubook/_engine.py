@@ -26,6 +26,8 @@ from relubook.stacked import (
 
 # Rows of the training set evaluated at once: fixed, so that sums do not depend on the members.
 ROWS = 128
+# Functions with a region where they are 0. The others may round to 0, but are never silent.
+SILENT = ("relu", "relu6", "hardswish", "squared_relu", "step")
 # Alignment that makes a member's numbers independent of its place in the stack.
 FEATURES, MEMBERS = 8, 64
 # Largest linear map for which plain arithmetic with the members side by side beats batched
@@ -464,8 +466,12 @@ class Data:
 
 
 def evaluate(engine: Engine, data: Data, watch: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return loss, accuracy and the largest output of each hidden unit over a whole set."""
+    """Return loss, accuracy and the largest output of each hidden unit over a whole set.
+
+    No outputs are returned unless asked for, or for functions that are never silent.
+    """
     engine.training = False
+    watch = watch and engine.recipe.activation in SILENT
     engine.flags = [None] * engine.recipe.hidden if watch else None
     loss = hits = torch.zeros((), dtype=engine.dtype, device=engine.device)
     with torch.no_grad():

@@ -106,6 +106,7 @@ class TrainingRun:
         validation_accuracy: Likewise.
         dead: Share of the units of each hidden layer that are silent on the whole training set,
             (R, M, layers). NaN once a member has overflowed: non-finite is a state of its own.
+            0 for leaky and smooth functions and for maxout, which have no silent region.
         died: For each hidden layer the measured step since which a unit has been dead without
             interruption, (M, width), int64: 0 when born dead, -1 when it fires at the end. Of an
             overflowed member it holds what was last seen before.
@@ -838,8 +839,8 @@ def _train(plan: Plan, stop: threading.Event, bar: _Bar) -> TrainingRun:
             finite &= real.isfinite().flatten(1).all(1)
         diverged[(diverged < 0) & ~finite] = step
         shares = []
-        for since, peak in zip(died, peaks, strict=True):
-            dead = peak == 0
+        silent = [peak == 0 for peak in peaks] or [since >= 0 for since in died]
+        for since, dead in zip(died, silent, strict=True):
             new = torch.where(dead, torch.where(since < 0, step, since), -1)
             since.copy_(torch.where((diverged < 0)[:, None], new, since))
             shares.append(dead.to(loss.dtype).mean(1))
