@@ -115,10 +115,12 @@ class Kind:
     Attributes:
         name: ``"relu"`` and so on.
         fires: Function of the pre-activation and the output; ``None`` without silent region.
+        level: A unit whose pre-activations never exceed this level is silent on all of them.
     """
 
     name: str
     fires: Fires | None
+    level: float = 0.0
 
 
 def _zero(value: Any) -> bool:
@@ -158,13 +160,15 @@ def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
         kind = _bounded(bound.get("other"), None) or _bounded(bound.get("self"), None)
     elif operator == "threshold":
         if _zero(bound.get("value")):
-            zero = _zero(bound.get("threshold"))
-            kind = Kind("relu", _above_zero) if zero else Kind("threshold", _output_not_zero)
+            level = float(bound["threshold"])
+            kind = Kind("relu", _above_zero)
+            if level != 0:
+                kind = Kind("threshold", _output_not_zero, level)
     elif operator == "hardtanh":
         low, high = bound.get("min_val", -1), bound.get("max_val", 1)
         kind = _bounded(low, high) or Kind("hardtanh", None)
     elif operator == "hardswish":
-        kind = Kind("hardswish", _output_not_zero)
+        kind = Kind("hardswish", _output_not_zero, -3.0)
     elif operator in SMOOTH:
         kind = Kind(SMOOTH[operator], None)
     return kind
@@ -182,6 +186,8 @@ class Tag:
             operations, pooling or dropout came since.
         direct: Nothing but shape operations came since.
         weight: The tensor was computed from parameters only; ``producer`` owns them.
+        call: Which of the producer's calls in this pass returned it, from 1; 0 if none did.
+        source_dim: The dimension of units in what the producer returned, from the end.
     """
 
     layout: Layout | None
@@ -190,6 +196,8 @@ class Tag:
     producer: str | None = None
     direct: bool = False
     weight: bool = False
+    call: int = 0
+    source_dim: int = 0
 
 
 def plain(shape: Sequence[int], unit_dims: Sequence[int] = (), batch: int | None = None) -> Layout:
@@ -254,6 +262,8 @@ class Site(NamedTuple):
         layout: Layout of its input, units included.
         producer: See ``Tag``.
         direct: See ``Tag``.
+        call: See ``Tag``.
+        source_dim: See ``Tag``.
         location: Line of the model that made the call.
         module: Name of the module in which it ran.
         function: Whether it was a function's call rather than an activation module's.
@@ -266,6 +276,8 @@ class Site(NamedTuple):
     layout: Layout
     producer: str | None
     direct: bool
+    call: int
+    source_dim: int
     location: str | None
     module: str
     function: bool
@@ -319,22 +331,24 @@ _OWN = {
     for name in ("sites.py", "diagnosis.py", "watch.py")
 }
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_CALL = nn.Module._call_impl.__code__
 _foreign: dict[CodeType, bool] = {}
 
 
 def call_path(
     frame: FrameType | None, boundary: FrameType | None
-) -> tuple[tuple[tuple[CodeType, int], ...], str | None]:
-    """Return the model's own frames that lead to a call, and the innermost one's line.
+) -> tuple[tuple[Any, ...], str | None]:
+    """Return the way from the model to a call, and the line of the model's code that makes it.
 
     Args:
         frame: Where to start.
         boundary: Frame of the model's call, at which to stop.
 
     Returns:
-        Code and instruction of each frame outside torch and this package, and ``"file.py:12"``.
+        Code and instruction of each frame outside torch and this package, the identity of each
+        module called, and ``"file.py:12"``.
     """
-    path: list[tuple[CodeType, int]] = []
+    path: list[Any] = []
     location = None
     while frame is not None and frame is not boundary:
         code = frame.f_code
@@ -347,6 +361,8 @@ def call_path(
             if location is None:
                 location = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
             path.append((code, frame.f_lasti))
+        elif code is _CALL:
+            path.append(id(frame.f_locals["self"]))
         frame = frame.f_back
     return tuple(path), location
 
@@ -381,6 +397,7 @@ class SiteFinder(TorchDispatchMode):
         self.seen_smooth: Counter[str] = Counter()
         self.called: set[str] = set()
         self.used_overrides: set[str] = set()
+        self.ignored: set[tuple[Any, ...]] = set()
         self._tags = WeakTensorKeyDictionary()
         self._modules = {
             public_name(name): module
@@ -396,6 +413,7 @@ class SiteFinder(TorchDispatchMode):
         self._boundary: FrameType | None = None
         self._rnn: list[_Recurrence] = []
         self._calls: Counter[Any] = Counter()
+        self._module_calls: Counter[str] = Counter()
         self._found: list[int] = []
         self._ranks: dict[tuple[Any, ...], tuple[str, int]] = {}
         self._bases: Counter[str] = Counter()
@@ -424,10 +442,13 @@ class SiteFinder(TorchDispatchMode):
                     module.register_forward_hook(self._leave_hook(name), always_call=True)
                 )
             except (RuntimeError, TypeError):  # part of a scripted module
-                self.notes[
-                    f"{name or 'the model'} is scripted: its rectifiers carry its name, "
-                    "not those of its parts"
-                ] = None
+                if not isinstance(self._modules.get(name.rpartition(".")[0]), type(module)) or (
+                    not name
+                ):
+                    self.notes[
+                        f"{name or 'the model'} is scripted: its rectifiers carry the name of what "
+                        "calls it, not those of its parts"
+                    ] = None
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -445,6 +466,7 @@ class SiteFinder(TorchDispatchMode):
         """
         self.batch_size = batch_size
         self._calls.clear()
+        self._module_calls.clear()
         self._stack.clear()
         self._rnn.clear()
         self._found.clear()
@@ -526,8 +548,15 @@ class SiteFinder(TorchDispatchMode):
         if not isinstance(output, Tensor) or not output.ndim:
             return
         tag = self._tags.get(output)
+        self._module_calls[name] += 1
+        call = self._module_calls[name]
         if tag is not None and tag.known and tag.layout is not None:
-            self._tags[output] = replace(tag, producer=name, direct=True)
+            units = [dim for dim, factors in enumerate(tag.layout) if has_units(factors)]
+            if len(units) != 1 or len(tag.layout[units[0]]) != 1:
+                call, units = 0, [0]
+            self._tags[output] = replace(
+                tag, producer=name, direct=True, call=call, source_dim=units[0] - output.ndim
+            )
             return
         unit = -1
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -542,7 +571,9 @@ class SiteFinder(TorchDispatchMode):
                 new if has_units(new) else without_units(old)
                 for new, old in zip(layout, tag.layout, strict=True)
             )
-        self._tags[output] = Tag(layout, True, "", name, True)
+        self._tags[output] = Tag(
+            layout, True, "", name, True, call=call, source_dim=unit % output.ndim - output.ndim
+        )
 
     def _owner(self, candidates: Sequence[str]) -> str | None:
         """Return the module that uses a weight: the one running, if it or a part of it owns it."""
@@ -625,6 +656,7 @@ class SiteFinder(TorchDispatchMode):
         running = self._stack[-1] if self._stack else ""
         if tag is not None and tag.weight:
             self.notes[f"{kind.name} on weights in {running or 'the model'} is not counted"] = None
+            self.ignored.add(call_path(sys._getframe(2), self._boundary)[0])
             return None, None
         if self._found:
             self._found[-1] += 1
@@ -642,6 +674,8 @@ class SiteFinder(TorchDispatchMode):
         shown = kind.name if operator == "hardtanh" else operator.strip("_")
         base = running if own else f"{running}.{shown}()" if running else f"{shown}()"
         path, location = call_path(sys._getframe(2), self._boundary)
+        if self._boundary is None:
+            location = None
         self._calls[base, path] += 1
         key = (base, path, self._calls[base, path])
         rank = self._rank(base, key)
@@ -684,6 +718,8 @@ class SiteFinder(TorchDispatchMode):
             layout,
             tag.producer if tag is not None else None,
             tag.direct if tag is not None else False,
+            tag.call if tag is not None else 0,
+            tag.source_dim if tag is not None else 0,
             location,
             running,
             not own,
@@ -723,7 +759,7 @@ class SiteFinder(TorchDispatchMode):
         self._rank(base, key)
         batched = x.ndim == 2 and (running.packed or x.shape[0] == self.batch_size)
         layout = plain(x.shape, (-1,), 0 if batched else None)
-        return Site(key, base, kind, layout, name, False, None, name, False, True)
+        return Site(key, base, kind, layout, name, False, 0, 0, None, name, False, True)
 
     # Layouts.
 
