@@ -107,6 +107,18 @@ class Branches(nn.Module):
         return self.by_position(torch.flatten(x, 1)) + self.by_channel(x.mean(dim=(2, 3)))
 
 
+class ReadsDtype(nn.Module):
+    """The next layer's weight is looked at, but only for its type; the layer's input by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.next = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(input=self.fc(input=x))
+        return self.next((x * 2.0).to(self.next.weight.dtype))
+
+
 class Squeeze(nn.Module):
     """A block behind control flow that cannot be traced."""
 
@@ -126,6 +138,7 @@ KEPT = {
     "functional, view": (Functional, "conv", X2, True, ()),
     "functional, clamp": (Functional, "fc", X2, True, ()),
     "joined branches": (Branches, "conv", X2, False, ()),
+    "dtype read": (ReadsDtype, "fc", (64, 4), True, ()),
     "control flow outside": (Squeeze, "block.0", (64, 4), True, ()),
     "conv1d": (
         lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.AvgPool1d(2, padding=1),
@@ -432,6 +445,17 @@ class Modes(nn.Module):
         return self.next(h) + self.aux(h) if self.training else self.next(h)
 
 
+class Leaves(Squeeze):
+    """The next layer is beyond the part that can be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = self.block[:2], nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
 def chain(*between, first=None):
     layers = OrderedDict(fc=first or nn.Linear(4, 4))
     layers.update((f"m{i}", m) for i, m in enumerate(between))
@@ -471,6 +495,7 @@ LEFT = {
     "layer norm": (lambda: chain(nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 4)), "fc", "LayerNorm"),
     "layer norm before": (
         lambda: chain(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4)), "m0", "'fc' goes|LayerNorm"),
+    "part's output": (lambda: Leaves(), "block.0", "leave 'block'.*pairs="),
     "softmax": (lambda: chain(nn.ReLU(), nn.Softmax(1), nn.Linear(4, 4)), "fc", "Softmax"),
     "output": (lambda: chain(nn.ReLU()), "fc", "no next layer"),
     "tied": (tied, "fc", "shares its memory with"),
@@ -492,7 +517,7 @@ def test_what_cannot_be_paired_is_left_untouched_and_listed(name):
     report = diagnose(model, [x])
     before = state_of(model)
     revival = revive_(model, report)
-    left = [entry for entry in revival.left if "head" not in entry.site]
+    left = revival.left
     assert left
     assert all(entry.units >= 2 for entry in left)
     assert any(re.search(reason, entry.reason) for entry in left), left
@@ -838,3 +863,29 @@ def test_a_scripted_model_raises():
     report = diagnose(model, [x])
     with pytest.raises(TypeError, match="scripted"):
         revive_(torch.jit.script(model), report)
+
+
+def test_a_compiled_wrapper_is_looked_through():
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0])
+    compiled = torch.compile(model, backend="eager")
+    assert revive_(compiled, diagnose(compiled, [x]), batch=x).total == 1
+    assert not diagnose(model, [x])["relu"].dead[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["mlp", "groups", "transposed", "joined branches", "norm before",
+                                  "norm after", "norm after, no bias"])  # fmt: skip
+def test_on_a_gpu(name):
+    build, dying, shape, _, _ = KEPT[name]
+    model, x = settle(build()).double().cuda(), randn(*shape).double().cuda()
+    kill(model.get_submodule(dying), [1, 2, 4])
+    report, before = diagnose(model, [x]), model(x)
+    optimizer = torch.optim.Adam(model.parameters())
+    for generator in (None, torch.Generator("cuda").manual_seed(0)):
+        state = torch.cuda.get_rng_state()
+        assert revive_(model, report, optimizer=optimizer, generator=generator, batch=x).total >= 3
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
+    assert not any(site.dead.any() for site in diagnose(model, [x]).sites)

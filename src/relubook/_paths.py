@@ -38,7 +38,7 @@ _DROPOUTS = (
 # keeps a constant channel constant (whatever the constant), "zero" keeps a channel of zeros, and
 # the pools work along positions, which a linear layer's output does not have.
 _SAME_CALLS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous", "clone"}
-_ZERO_CALLS = {"relu", "relu_", "relu6", "square", "tanh", "gelu", "silu"}
+_ZERO_CALLS = {"relu", "relu_", "relu6", "square", "tanh", "gelu", "silu", "to", "type_as"}
 _POOL_CALLS = {
     f"{kind}_pool{n}d": rule
     for n in (1, 2, 3)
@@ -552,7 +552,7 @@ class _Walk:
             if node.op == "call_module":
                 module = self.module(node)
                 self.calls[id(module)] = self.calls.get(id(module), 0) + 1
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" and self.users(node):  # not for its dtype only
                 owner, _, attribute = str(node.target).rpartition(".")
                 value = getattr(self.inside.get(owner), attribute, None)
                 self.read.add(id(value))
@@ -739,10 +739,12 @@ class _Walk:
 
     def mixes(self, node: fx.Node) -> str:
         if node.op == "output":
-            part = (
-                f" of {self.scope!r}, beyond which the graph cannot be read" if self.scope else ""
-            )
-            return f"its units are the output{part}: they have no next layer"
+            if self.scope:
+                return (
+                    f"its units leave {self.scope!r}, beyond which the graph cannot be read: name "
+                    "the next layer in pairs="
+                )
+            return "its units are the model's output: they have no next layer"
         if node.op == "call_module":
             what = f"{self.name(node)!r} ({type(self.module(node)).__name__})"
         else:

@@ -155,13 +155,15 @@ def revive_(
     columns) is not touched.
 
     **Which layer comes next** is read from the model's graph (``torch.fx``), traced in evaluation
-    and in training mode; where the whole model cannot be traced, from that of the smallest part
-    that can. Linear and convolution layers (1-D to 3-D, transposed, grouped) follow each other
-    directly, through dropout, pooling, flattening (a channel then has one column for each
-    position), batch or instance norm, concatenation, and into several branches. Left untouched,
-    and listed with the reason: sums (residual connections), layer norm and everything else that
-    mixes units; layers that are called more than once, share a weight with another layer, carry
-    a parametrization (weight norm, pruning), or are frozen (``requires_grad`` False).
+    and in training mode; where the whole model cannot be traced, from that of the largest part
+    around the layer that can (what happens to this part's layers outside of it is then not seen).
+    A path that depends on optional arguments is read as if these were not given. Linear and
+    convolution layers (1-D to 3-D, transposed, grouped) follow each other directly, through
+    dropout, pooling, flattening (a channel then has one column for each position), batch or
+    instance norm, concatenation, and into several branches. Left untouched, and listed with the
+    reason: sums (residual connections), layer norm and everything else that mixes units; layers
+    that are called more than once, share a weight with another layer, carry a parametrization
+    (weight norm, pruning), or are frozen (``requires_grad`` False).
 
     Args:
         model: The model, changed in place. Its mode, hooks and gradients stay as they are.
