@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SITE := _build/html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test check notebooks record full serve bench lock address clean
+.PHONY: help book test check format notebooks record full serve bench lock address clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,11 @@ check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(RUN) -m pytest -q -m "not slow and not notebooks and not site"
+
+format: $(INSTALLED) ## format the code of the package, the tests and the chapters
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(RUN) book/_tools/style.py
 
 notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAMES="properties ...": some)
 	$(RUN) book/_tools/notebooks.py $(if $(FORCE),--force) $(NAMES)

@@ -23,11 +23,19 @@ SETUP = """\
 import importlib.util
 
 if importlib.util.find_spec("relubook") is None:
-    # While the book has no public address, this line fails:
-    # clone the project, run `pip install -e ".[figures]"` in it, and start again.
-    %pip install --quiet "relubook[figures] @ git+{address}"
+{notice}    %pip install --quiet "relubook[figures] @ git+{address}"
     importlib.invalidate_caches()
 """
+UNSET_NOTICE = """\
+    # While the book has no public address, this line fails:
+    # clone the project, run `pip install -e ".[figures]"` in it, and start again.
+"""
+
+
+def setup_code():
+    url = address.current()
+    notice = UNSET_NOTICE if url == address.UNSET else ""
+    return SETUP.format(address=url, notice=notice)
 
 
 def code_cells(notebook):
@@ -103,7 +111,7 @@ def test_cells_that_print_times_are_not_compared(chapter):
 def test_setup_cell_makes_the_package_importable(chapter):
     first = code_cells(notebooks.read_source(chapter))[0]
     assert {"setup", "nbval-ignore-output"} <= tags(first)
-    assert first.source.startswith(SETUP.format(address=address.current()))
+    assert first.source.startswith(setup_code())
     assert first.source.rstrip().endswith("relubook.setup()")
 
 
@@ -135,7 +143,7 @@ def test_code_is_formatted(chapter):
 
 @each_chapter
 def test_anatomy(chapter):
-    """Answer, aims, claims and time on top; summary, exercises with solutions, reading at the end."""
+    """Answer, aims, claims, time on top; summary, exercises with solutions, reading at the end."""
     source = notebooks.read_source(chapter)
     prose = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
     opening = prose.split("\n## ")[0]
@@ -159,7 +167,9 @@ def test_each_settled_claim_is_checked_once_in_its_chapter():
     places: dict[str, list[str]] = {}
     for name, chapter in CHAPTERS.items():
         for cell in code_cells(notebooks.read_source(chapter)):
-            for claim_id in re.findall(r"claim\(\s*\"([\w-]+)\"\s*\)\.(?:check|cite)\(", cell.source):
+            for claim_id in re.findall(
+                r"claim\(\s*\"([\w-]+)\"\s*\)\.(?:check|cite)\(", cell.source
+            ):
                 places.setdefault(claim_id, []).append(name)
     assert set(places) <= set(claim_ids())
     rows = {row["id"]: row for row in ledger()}

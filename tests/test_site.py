@@ -1,4 +1,4 @@
-"""The built site as its readers meet it: every page, in a real browser, served from this machine."""
+"""The built site as its readers meet it: every page in a real browser, served from here."""
 
 import functools
 import os
@@ -92,9 +92,7 @@ class Visit:
         self.failed: list[str] = []
         self.loaded: set[str] = set()
         self.host = urlparse(address).netloc
-        self.page.on(
-            "console", lambda m: self.errors.append(m.text) if m.type == "error" else None
-        )
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("response", self._response)
         self.page.route("**/*", self._route)
@@ -132,7 +130,8 @@ def test_page_is_complete_self_contained_and_light(browser, address, site, page)
         assert not visit.foreign
         assert not visit.failed
         broken = visit.page.evaluate(
-            "[...document.querySelectorAll('main img')].filter(i => !i.naturalWidth).map(i => i.src)"
+            "[...document.querySelectorAll('main img')]"
+            ".filter(i => !i.naturalWidth).map(i => i.src)"
         )
         assert not broken
         untold = visit.page.evaluate(
@@ -156,9 +155,10 @@ def test_page_is_accessible_and_legible(browser, address, page, scheme):
     with Visit(browser, address, f"{page}.html", scheme=scheme) as visit:
         assert visit.page.evaluate("document.documentElement.dataset.theme") == scheme
         found = [
-            f"{v['id']} ({v['impact']}): {[(n['html'][:120], n['any'][0]['message'] if n['any'] else '') for n in v['nodes']][:3]}"
+            f"{v['id']}: {n['html'][:120]} {n['any'][0]['message'] if n['any'] else ''}"
             for v in Axe().run(visit.page).response["violations"]
             if v["impact"] in ("serious", "critical")
+            for n in v["nodes"]
         ]
         assert not found
 
@@ -193,7 +193,9 @@ def test_launch_buttons_lead_to_files_of_the_repository(browser, address, chapte
     match = re.search(rf"/github/{re.escape(owner_and_name)}/blob/{branch}/(.+)$", colab[0])
     assert match, colab[0]
     assert match[1] in tracked()
-    match = re.search(rf"/gh/{re.escape(owner_and_name)}/{branch}\?urlpath=lab/tree/(.+)$", binder[0])
+    match = re.search(
+        rf"/gh/{re.escape(owner_and_name)}/{branch}\?urlpath=lab/tree/(.+)$", binder[0]
+    )
     assert match, binder[0]
     assert match[1] in tracked()
 

@@ -1,7 +1,7 @@
-"""Change the repository's address everywhere: `make address URL=https://github.com/owner/relubook`.
+"""Change the repository's address everywhere: `make address URL=https://github.com/OWNER/NAME`.
 
 The address stands in _config.yml. The files that must spell it out (chapters, README, metadata) are
-rewritten from there.
+rewritten from there, and what they say about an address that is not set yet is taken out.
 """
 
 import re
@@ -9,11 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import notebooks
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = re.compile(r"https://github\.com/[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_.-]+")
 MENTION = re.compile(r"(?:https://)?(github\.com|gh|github)/([A-Za-z0-9-]+/relubook)\b")
+UNSET = "https://github.com/set--me/relubook"
+UNSET_NOTICE = re.compile(
+    r"<!-- address unset -->\n.*?<!-- /address unset -->\n"
+    r"|^ *# While the book has no public address.*\n *# clone the project.*\n",
+    re.M | re.S,
+)
 SKIPPED = (".lock", ".png", ".svg", ".json")
 
 
@@ -49,9 +56,16 @@ def main() -> None:
     old_name, new_name = (url.removeprefix("https://github.com/") for url in (old, new))
     for path in files():
         text = path.read_text(encoding="utf-8")
-        if old_name in text:
-            path.write_text(text.replace(old_name, new_name), encoding="utf-8")
+        if path.resolve() != Path(__file__).resolve() and old_name in text:
+            text = text.replace(old_name, new_name)
+            if new != UNSET and path.suffix == ".md":
+                text = UNSET_NOTICE.sub("", text)
+            path.write_text(text, encoding="utf-8")
             print(path.relative_to(ROOT))
+    for chapter in notebooks.chapters():
+        stamp = notebooks.read_notebook(chapter).metadata.relubook
+        merged = notebooks.normalize(notebooks.merge(chapter), stamp)
+        notebooks.write(merged, notebooks.notebook_of(chapter))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def environment(pins: list[str]) -> str:
     wanted = direct_requirements()
     chosen = "".join(f"      - {pin}\n" for pin in pins if pin.partition("==")[0] in wanted)
     return (
-        "# For conda and Binder.  The versions are those of requirements.lock; written by `make lock`.\n"
+        "# For conda and Binder, with the versions of requirements.lock; written by `make lock`.\n"
         "name: relubook\n"
         "channels:\n  - conda-forge\n  - nodefaults\n"
         "dependencies:\n  - python=3.11\n  - pip\n  - jupyterlab=4\n  - pip:\n"

@@ -1,9 +1,9 @@
 """Execute, pair and stamp the chapters, so that stored outputs are what the text produces.
 
-Run by `make notebooks`.  A chapter is book/NAME.md (MyST text, the source) with book/NAME.ipynb (the
-same cells with their outputs).  A chapter whose stamp is fresh is not run again: its prose is
+Run by `make notebooks`.  A chapter is book/NAME.md (MyST text, the source) with book/NAME.ipynb
+(the same cells with their outputs).  A chapter whose stamp is fresh is not run again: its prose is
 synced, its outputs stay.  The stamp covers the chapter's code, the source of the package modules it
-imports and the versions of the libraries that decide its numbers.
+imports, the wording of its claims and the versions of the libraries that decide its numbers.
 """
 
 import argparse
@@ -42,6 +42,7 @@ LIBRARIES = (
 CELL_TIMEOUT = 600
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+?(?=[\s\"'#)@]|\.git\b|$)", re.M)
+COMMENT = re.compile(r"^ *#.*\n?", re.M)
 KEPT_METADATA = ("tags", "mystnb", "cellView", "jupyter")
 
 
@@ -95,12 +96,13 @@ def library_versions() -> dict[str, str]:
 def fingerprint(notebook: NotebookNode) -> str:
     """Return the digest of all that a chapter's outputs depend on.
 
-    The repository's address does not count: a project that moves keeps its stamps.
+    Neither lines of comment nor the repository's address count: a project that moves keeps its
+    stamps.
     """
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     joined = "\n".join(python_of(source) for source in code)
     facts = {
-        "code": [ADDRESS.sub("ADDRESS", source.rstrip()) for source in code],
+        "code": [ADDRESS.sub("ADDRESS", COMMENT.sub("", source).strip()) for source in code],
         "package": sources_digest(imported_modules(joined)),
         "claims": {
             row["id"]: (row["whose"], row["statement"])

@@ -1,4 +1,4 @@
-"""Sphinx extension of this book: leave out text twins, draw the ledger, load only what pages use."""
+"""Sphinx extension of this book: leave out text twins, draw the ledger, slim the pages."""
 
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ def exclude_text_twins(app: Sphinx, config: Any) -> None:
 def lighten_page(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
-    """Leave out scripts and styles that no page uses, and follow the reader's light or dark mode."""
-
+    """Leave out scripts and styles that no page uses; follow the reader's light or dark mode."""
     context["default_mode"] = "auto"
 
     def used(asset: Any, unused: tuple[str, ...]) -> bool:

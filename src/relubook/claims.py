@@ -1,4 +1,4 @@
-"""The ledger: what the notes claim, the test of each claim, and the verdict that the build re-checks.
+"""The ledger: what the notes claim, each claim's test, and the verdict that the build re-checks.
 
 A chapter states a claim, declares its tests, measures, and ends with one cell::
 
@@ -32,7 +32,7 @@ from relubook.statistics import Estimate
 __all__ = [
     "Claim",
     "Criterion",
-    "LedgerMismatch",
+    "LedgerMismatchError",
     "Part",
     "Verdict",
     "at_least",
@@ -64,7 +64,7 @@ _COLORS = {
 Measured = Estimate | float | int | bool
 
 
-class LedgerMismatch(AssertionError):
+class LedgerMismatchError(AssertionError):
     """A measured verdict differs from the recorded one."""
 
 
@@ -370,9 +370,9 @@ class Claim:
             The verdict, which shows itself as a card when it ends a cell.
 
         Raises:
-            ValueError: If there is no part, two share a name, or ``depends_on`` is missing or idle.
-            LedgerMismatch: In CI and under ``make notebooks``, if the verdict on the claim or on a
-                part is not the recorded one. Elsewhere a warning says so.
+            ValueError: If there is no part, two share a name, or ``depends_on`` is missing.
+            LedgerMismatchError: In CI and under ``make notebooks``, if the verdict on the claim or
+                on a part is not the recorded one. Elsewhere a warning says so.
         """
         if not parts:
             raise ValueError(f"claim {self.id!r} needs at least one part to check")
@@ -397,7 +397,7 @@ class Claim:
 
         Raises:
             ValueError: If there is no source, or an address is not a full https address.
-            LedgerMismatch: As for :meth:`check`.
+            LedgerMismatchError: As for :meth:`check`.
         """
         if not sources:
             raise ValueError(f"claim {self.id!r} needs at least one source to cite")
@@ -423,7 +423,7 @@ class Claim:
             )
         details = "; ".join(f"{p.name}: {p.verdict} ({p.evidence})" for p in verdict.parts)
         if mode == "check":
-            raise LedgerMismatch(f"{message}. {details}")
+            raise LedgerMismatchError(f"{message}. {details}")
         warnings.warn(f"{message} (other versions or hardware?). {details}", stacklevel=3)
         return verdict
 

@@ -120,8 +120,13 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     if regression:
         y = ((y - y[:first].mean()) / y[:first].std()).unsqueeze(1).to(dtype)
     x = x.to(dtype)
-    parts = [Split(x[s], y[s]) for s in (slice(first), slice(first, second), slice(second, None))]
-    return Dataset(name, *parts, classes=0 if regression else int(y.max()) + 1)
+    return Dataset(
+        name,
+        train=Split(x[:first], y[:first]),
+        validation=Split(x[first:second], y[first:second]),
+        test=Split(x[second:], y[second:]),
+        classes=0 if regression else int(y.max()) + 1,
+    )
 
 
 @dataclass(frozen=True)
