@@ -44,6 +44,7 @@ def test_closure_follows_imports_and_resolves_public_names(package):
     assert module_closure(["c"], package=package) == ["c"]
     for name in ("a", "pack.a", "alpha", "pack.alpha", "pack"):
         assert module_closure([name], package=package) == ["a", "b", "c"]
+    assert module_closure(["a"], package=package, exclude=["b"]) == ["a"]
     assert module_closure(["lonely"], package=package) == ["a", "b", "c", "lonely"]
 
 

@@ -11,7 +11,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["imported_modules", "module_closure", "sources_digest"]
+__all__ = ["code_only", "imported_modules", "module_closure", "sources_digest"]
 
 _HERE = Path(__file__).parent
 
@@ -34,13 +34,16 @@ def imported_modules(source: str, *, package: Path = _HERE) -> list[str]:
     return sorted(set(_imports(ast.parse(source), package)))
 
 
-def module_closure(names: Iterable[str], *, package: Path = _HERE) -> list[str]:
+def module_closure(
+    names: Iterable[str], *, package: Path = _HERE, exclude: Iterable[str] = ()
+) -> list[str]:
     """Return modules with everything of the package that they import, directly or not.
 
     Args:
         names: Modules or public names of the package, with or without the leading ``relubook.``;
             the package's own name stands for all of its public modules.
         package: Folder of the package; relubook's own by default.
+        exclude: Modules to leave out, with what is imported by them alone.
 
     Returns:
         Sorted short names. The package's ``__init__`` is left out: it only says where the public
@@ -50,17 +53,20 @@ def module_closure(names: Iterable[str], *, package: Path = _HERE) -> list[str]:
         ValueError: If a name is neither a module nor a public name of the package.
     """
     closure: set[str] = set()
+    exclude = set(exclude)
     waiting = [module for name in names for module in _resolve(name, package)]
     while waiting:
         module = waiting.pop()
-        if module not in closure:
+        if module not in closure | exclude:
             closure.add(module)
             tree = ast.parse(_path(module, package).read_text(encoding="utf-8"))
             waiting += _imports(tree, package)
     return sorted(closure)
 
 
-def sources_digest(names: Iterable[str], *, package: Path = _HERE) -> str:
+def sources_digest(
+    names: Iterable[str], *, package: Path = _HERE, exclude: Iterable[str] = ()
+) -> str:
     """Return a digest of the code of modules and of everything of the package they import.
 
     Comments, docstrings and blank lines do not count, so that a better explanation does not make
@@ -69,6 +75,7 @@ def sources_digest(names: Iterable[str], *, package: Path = _HERE) -> str:
     Args:
         names: As for :func:`module_closure`.
         package: Folder of the package; relubook's own by default.
+        exclude: As for :func:`module_closure`.
 
     Returns:
         64 hexadecimal digits (SHA-256), the same on every platform.
@@ -77,8 +84,8 @@ def sources_digest(names: Iterable[str], *, package: Path = _HERE) -> str:
         ValueError: If a name is neither a module nor a public name of the package.
     """
     digest = hashlib.sha256()
-    for module in module_closure(names, package=package):
-        code = _code_only(_path(module, package).read_text(encoding="utf-8"))
+    for module in module_closure(names, package=package, exclude=exclude):
+        code = code_only(_path(module, package).read_text(encoding="utf-8"))
         digest.update(f"{module}\n{len(code)}\n{code}".encode())
     return digest.hexdigest()
 
@@ -152,8 +159,8 @@ def _imports(tree: ast.AST, package: Path) -> Iterator[str]:
             yield from _known(node.attr, package)
 
 
-def _code_only(source: str) -> str:
-    """Drop comments, docstrings, blank lines and trailing blanks."""
+def code_only(source: str) -> str:
+    """Return Python code without comments, docstrings, blank lines and trailing blanks."""
     lines = [line.rstrip() for line in source.splitlines()]
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

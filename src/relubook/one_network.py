@@ -13,13 +13,13 @@ from relubook.stacked import Recipe
 from relubook.statistics import Estimate, mean_interval
 from relubook.training import train_many
 
-__all__ = ["FlippedVerdicts", "flipped_verdicts"]
+__all__ = ["FlippedVerdicts", "all_flips", "flipped_verdicts"]
 
 
 @computation(
     "one-network",
     grid={
-        "activation": ["relu", "leaky_relu", "elu"],
+        "activation": ["relu", "leaky_relu"],
         "normalization": ["none", "batch"],
         "lr": [0.001, 0.01],
     },
