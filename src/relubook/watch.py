@@ -153,15 +153,19 @@ class _Followed:
         self.dim = 0
         self.layout: Layout = ()
         self.peak = torch.empty(0)
+        self.now = torch.empty(0)
         self.last = torch.empty(0)
         self.dead = torch.empty(0, dtype=torch.bool)
 
     def update(self, x: Tensor) -> None:
-        """Raise the running peaks to those of one more tensor."""
-        if x.numel():
+        """Take the peaks of one more tensor; they join the window's when the step ends."""
+        now = self.now
+        if self.dim == -1 and x.ndim == 2 and x.dtype is now.dtype and len(x):
+            torch.amax(x.detach(), 0, out=now)
+        elif x.numel():
             x = x.detach()
             peak = channel_peak(x, self.dim) if self.dim else factored_peak(x, self.layout)
-            torch.maximum(self.peak, peak, out=self.peak)
+            torch.maximum(now, peak, out=now)
 
 
 def factored_peak(x: Tensor, layout: Layout) -> Tensor:
@@ -370,7 +374,7 @@ class Watch:
         self._closed_steps = 0
         self._window_start = 0
         self._sites: list[_Followed] = []
-        self._flats: list[Tensor] = []
+        self._flats: list[tuple[Tensor, Tensor]] = []
         self._calls: list[list[int]] = []
         self._events: list[tuple[int, int, str, Tensor, Literal["death", "revival"]]] = []
         self._site_handles: list[Any] = []
@@ -450,7 +454,11 @@ class Watch:
             self._audit(args, kwargs)
         for calls in self._calls:
             calls[0] = 0
-        self._inputs += self._batch_size(args, kwargs)
+        first = args[0] if args else None
+        if type(first) is Tensor and self.batch_dim == 0 and first.ndim:
+            self._inputs += len(first)
+        else:
+            self._inputs += self._batch_size(args, kwargs)
         self._live = True
         if self._follower is not None:
             self._enter_mode()
@@ -461,10 +469,15 @@ class Watch:
         self._live = False
         if self._follower is not None:
             self._leave_mode()
+        for flat, now in self._flats:
+            if flat is not now:
+                torch.maximum(flat, now, out=flat)
         if not self._checked:
             self._check_reached()
         if self.optimizer is None:
-            self._count_step()
+            self._step += 1
+            if self._step - self._window_start >= self.window:
+                self._close_window()
 
     def _count_step(self) -> None:
         self._step += 1
@@ -595,16 +608,19 @@ class Watch:
             groups.setdefault((device, wide), []).append(site)
         self._flats = []
         for (device, dtype), sites in groups.items():
-            flat = torch.full((sum(site.units for site in sites),), -torch.inf, dtype=dtype)
-            flat = flat.to(device)
-            self._flats.append(flat)
-            for site, part in zip(sites, flat.split([s.units for s in sites]), strict=True):
+            sizes = [site.units for site in sites]
+            flat = torch.full((sum(sizes),), -torch.inf, dtype=dtype, device=device)
+            # One maximum a step for all sites together; in float64 it would cost too much memory.
+            now = flat.clone() if dtype == torch.float32 else flat
+            self._flats.append((flat, now))
+            parts = zip(sites, flat.split(sizes), now.split(sizes), strict=True)
+            for site, part, current in parts:
                 if site.peak.numel() == site.units:
                     part.copy_(site.peak)
                 else:
                     site.last = torch.full_like(part, -torch.inf, dtype=torch.float32)
                     site.dead = torch.zeros(site.units, dtype=torch.bool, device=device)
-                site.peak = part
+                site.peak, site.now = part, current
         self._sites = [site for site, _, _ in placed]
 
     def _hook(self, module: nn.Module, sites: Mapping[int, _Followed], is_input: bool) -> None:
@@ -613,21 +629,34 @@ class Watch:
         updates = {call: site.update for call, site in sites.items()}
         name = next(iter(sites.values())).name
 
+        def follow(x: Tensor) -> None:
+            calls[0] += 1
+            update = updates.get(calls[0])
+            if update is not None:
+                update(x)
+            elif is_input:
+                self._surprise(f"{name} (call {calls[0]})")
+
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if self._live:
-                calls[0] += 1
-                update = updates.get(calls[0])
-                if update is None:
-                    self._surprise(f"{name} (call {calls[0]})")
-                else:
-                    update(args[0])
+                follow(args[0])
 
         def post_hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._live:
-                calls[0] += 1
-                update = updates.get(calls[0])
-                if update is not None:
-                    update(output)
+                follow(output)
+
+        flat = sites[1] if list(sites) == [1] and sites[1].dim == -1 else None
+        if flat is not None and is_input:  # the usual case, with the least overhead
+            now, dtype, amax = flat.now, flat.now.dtype, torch.amax
+
+            def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if self._live:
+                    x = args[0]
+                    if calls[0] or x.ndim != 2 or x.dtype is not dtype or not len(x):
+                        follow(x)
+                    else:
+                        calls[0] = 1
+                        amax(x.detach(), 0, out=now)
 
         if is_input:
             handle = module.register_forward_pre_hook(torch.compiler.disable(pre_hook))
@@ -688,12 +717,12 @@ class Watch:
         inputs = self._inputs
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size(self.process_group) > 1:
-            for flat in self._flats:
+            for flat, _ in self._flats:
                 flat.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
                 torch.distributed.all_reduce(
                     flat, torch.distributed.ReduceOp.MAX, group=self.process_group
                 )
-            device = self._flats[0].device if self._flats else "cpu"
+            device = self._flats[0][0].device if self._flats else "cpu"
             total = torch.tensor(inputs, device=device)
             torch.distributed.all_reduce(total, group=self.process_group)
             inputs = int(total)
@@ -712,13 +741,17 @@ class Watch:
                         self._events.append((first, self._step, site.name, units, kind))  # type: ignore[arg-type]
                 site.dead ^= changed
             site.last.copy_(peak)
-        for flat in self._flats:
-            flat.fill_(-torch.inf)
+        self._clear()
         self._window_inputs = inputs
         self._closed = self._step
         self._closed_steps = self._step - self._window_start
         self._window_start = self._step
         self._inputs = 0
+
+    def _clear(self) -> None:
+        for flat, now in self._flats:
+            flat.fill_(-torch.inf)
+            now.fill_(-torch.inf)
 
     def compute(self) -> WatchReport:
         """Return the state at the end of the last whole window.
@@ -754,8 +787,7 @@ class Watch:
         self._step = self._inputs = self._window_inputs = 0
         self._closed = self._closed_steps = self._window_start = 0
         self._events.clear()
-        for flat in self._flats:
-            flat.fill_(-torch.inf)
+        self._clear()
         for site in self._sites:
             site.dead.zero_()
             site.last.fill_(-torch.inf)
@@ -776,11 +808,10 @@ class Watch:
 
     def nbytes(self) -> int:
         """Return the bytes held for all units, without the history."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for site in self._sites
-            for tensor in (site.peak, site.last, site.dead)
-        )
+        held = [site.last for site in self._sites] + [site.dead for site in self._sites]
+        for flat, now in self._flats:
+            held += [flat] if flat is now else [flat, now]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _cloned(value: Any) -> Any:
