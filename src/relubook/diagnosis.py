@@ -682,7 +682,7 @@ def diagnose(
         (torch.Size([4]), 80)
     """
     _check_options(model, mode, family, nonfinite)
-    batches = iter(_batches(data))
+    batches = _batches(data)
     counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
     target = _device_of(model) if device is None else torch.device(device)
     inner = unwrapped(model)
@@ -731,7 +731,7 @@ def diagnose(
         raise ValueError(
             "data is an iterator that yields nothing: a generator yields its batches only once, so "
             "it may be exhausted; pass a list or a DataLoader"
-            if iter(data) is data
+            if isinstance(data, Iterator)
             else "data holds no batch: the verdict would rest on nothing"
         )
     if not done:

@@ -1126,12 +1126,34 @@ def _stack(finder: SiteFinder, bound: dict[str, Any], data: Any, out: Tensor) ->
     return replace(tag, layout=(*tag.layout[:dim], middle, *tag.layout[dim:]))
 
 
+def _picked(tag: Tag, dim: int, out: Tensor) -> Tag:
+    """Return the tag after some entries were picked along one dimension, in any order."""
+    if tag.layout is None or len(tag.layout) != out.ndim:
+        return Tag(None, reason="its units were lost in indexing")
+    dim %= out.ndim
+    units = has_units(tag.layout[dim])
+    if units and len(tag.layout[dim]) > 1:
+        return Tag(None, reason="entries were picked across units and positions")
+    picked = ((out.shape[dim], UNIT if units else POSITION),)
+    return Tag((*tag.layout[:dim], picked, *tag.layout[dim + 1 :]), tag.known, tag.reason)
+
+
+def _index_select(finder: SiteFinder, bound: dict[str, Any], data: Any, out: Tensor) -> Tag:
+    tag = finder._tag(bound["self"])
+    if tag is None or tag.weight:
+        return Tag(plain(out.shape))
+    return _picked(tag, bound["dim"], out)
+
+
 def _index(finder: SiteFinder, bound: dict[str, Any], data: Any, out: Tensor) -> Tag:
     tag = finder._tag(bound["self"])
     indices = bound["indices"]
     lost = Tag(None, reason="its units were lost in indexing")
     if tag is None or tag.weight or tag.layout is None or not tag.known:
         return lost
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) == 1 and given[0][1].ndim == 1:
+        return _picked(tag, given[0][0], out)
     units = [dim for dim, factors in enumerate(tag.layout) if has_units(factors)]
     reached = 0
     for index in indices:
@@ -1167,6 +1189,7 @@ STRUCTURAL: dict[str, Rule] = {
     "cat": _cat,
     "stack": _stack,
     "index": _index,
+    "index_select": _index_select,
 }
 _CANDIDATES = {
     "relu",
@@ -1196,7 +1219,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         RuntimeError: If a part of the model is compiled and torch is older than 2.6, which cannot
             switch to eager execution.
     """
-    training = [(module, module.training) for module in model.modules()]
+    training = [  # a frozen scripted module has no such flag
+        (module, module.training) for module in model.modules() if hasattr(module, "training")
+    ]
     buffers: list[tuple[nn.Module | None, str, Tensor | None, Tensor | None]] = []
     for module in model.modules():
         scripted = isinstance(module, torch.jit.ScriptModule)
