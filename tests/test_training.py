@@ -208,6 +208,26 @@ def test_every_optimizer_equals_the_loop(name, widths):
     assert_same(run, nets)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("rates", [[0.01] * 3, [0.01, 0.01, 0.03], [0.03, 0.02, 0.01]])
+def test_fused_updates_equal_the_loop(name, rates):
+    recipe = make(widths=(70, 60))
+    x, y = data(recipe)
+    settings = {"weight_decay": 0.01, "batch_size": 16, "optimizer": name}
+    run = train_many(
+        recipe, x, y, seeds=SEEDS, steps=20, lr=rates, schedule=lambda t: 0.9**t, **settings
+    )
+    nets = [
+        loop(recipe, x, y, s, 20, r, factor=lambda t: 0.9**t, **settings)[0]
+        for s, r in zip(SEEDS, rates, strict=True)
+    ]
+    assert_same(run, nets)
+    alone = train_many(
+        recipe, x, y, seeds=SEEDS[1:], steps=20, lr=rates[1:], schedule=lambda t: 0.9**t, **settings
+    )
+    assert torch.equal(alone.network.parameter_vectors(), run.network.parameter_vectors()[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("case", OPTIMIZER_CASES)

@@ -1,5 +1,7 @@
 """The computation behind :func:`relubook.training.train_many`: members laid out for speed."""
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -28,6 +30,8 @@ from relubook.stacked import (
 ROWS = 128
 # Functions with a region where they are 0. The others may round to 0, but are never silent.
 SILENT = ("relu", "relu6", "hardswish", "squared_relu", "step")
+# Weights a member from which one fused pass of Adam pays.
+FUSED_FROM = 4096
 # Alignment that makes a member's numbers independent of its place in the stack.
 FEATURES, MEMBERS = 8, 64
 # Largest linear map for which plain arithmetic with the members side by side beats batched
@@ -89,57 +93,115 @@ def is_narrow(recipe: Recipe) -> bool:
     return max(ins * outs for ins, outs in recipe.maps) <= SMALL_MAP
 
 
-class _Map(torch.autograd.Function):
-    """Batched linear maps (M, B, in) to (M, B, out); writes its gradients where they belong."""
+class _Maps:
+    """The linear maps of one layer, (M, B, in) to (M, B, out), with buffers for what they write.
 
-    @staticmethod
-    def forward(ctx, anchor, x, weight, bias, weight_grad, bias_grad):
-        ctx.save_for_backward(x, weight)
-        ctx.grads = weight_grad, bias_grad
-        if bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(bias[:, None], x, weight)
+    Fresh memory costs more than most of the arithmetic, so that outputs and, where nobody else
+    holds them, gradients are written where those of the last step were.
+    """
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        weight_grad, bias_grad = ctx.grads
-        grad = grad.contiguous()
-        torch.bmm(x.mT, grad, out=weight_grad)
-        if bias_grad is not None:
-            torch.sum(grad, 1, out=bias_grad)
-        back = torch.bmm(grad, weight.mT) if ctx.needs_input_grad[1] else None
-        return None, back, None, None, None, None
+    def __init__(self, weight: Tensor, bias: Tensor | None, grads: tuple[Tensor, Tensor | None]):
+        self.weight, self.bias = weight, bias
+        self.weight_grad, self.bias_grad = grads
+        self.outputs: dict[int, Tensor] = {}
+
+    def output(self, batch: int) -> Tensor:
+        """Return the buffer for a batch of that size."""
+        if batch not in self.outputs:
+            self.outputs[batch] = self.weight.new_empty(self._shape(batch))
+        return self.outputs[batch]
+
+    def _shape(self, batch: int) -> tuple[int, ...]:
+        return len(self.weight), batch, self.weight.shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Write the outputs into their buffer."""
+        out = self.output(x.shape[1])
+        if self.bias is None:
+            return torch.bmm(x, self.weight, out=out)
+        return torch.baddbmm(self.bias[:, None], x, self.weight, out=out)
+
+    def backward(self, x: Tensor, grad: Tensor) -> None:
+        """Write the gradients of weight and bias."""
+        torch.bmm(x.mT, grad, out=self.weight_grad)
+        if self.bias_grad is not None:
+            torch.sum(grad, 1, out=self.bias_grad)
+
+    def back(self, grad: Tensor, out: Tensor | None) -> Tensor:
+        """Return the gradient of the input."""
+        if out is None:
+            return torch.bmm(grad, self.weight.mT)
+        return torch.bmm(grad, self.weight.mT, out=out)
 
 
-class _NarrowMap(torch.autograd.Function):
-    """Linear maps (in, B, M) to (out, B, M) by plain arithmetic, members side by side."""
+class _NarrowMaps(_Maps):
+    """The same by plain arithmetic, (in, B, M) to (out, B, M): members side by side."""
 
-    @staticmethod
-    def forward(ctx, anchor, x, weight, bias, weight_grad, bias_grad):
-        ctx.save_for_backward(x, weight)
-        ctx.grads = weight_grad, bias_grad
-        rows = weight.unsqueeze(2)
-        out = rows[0] * x[0] if bias is None else torch.addcmul(bias[:, None], rows[0], x[0])
-        for i in range(1, len(rows)):
-            out.addcmul_(rows[i], x[i])
+    def __init__(self, weight: Tensor, bias: Tensor | None, grads: tuple[Tensor, Tensor | None]):
+        super().__init__(weight, bias, grads)
+        self.rows = weight.unsqueeze(2).unbind(0)
+        self.columns = weight.unsqueeze(2).unbind(1)
+        self.shift = None if bias is None else bias.unsqueeze(1)
+        self.row_grads = grads[0].unbind(0)
+        self.products: dict[int, Tensor] = {}
+
+    def _shape(self, batch: int) -> tuple[int, ...]:
+        return self.weight.shape[1], batch, self.weight.shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, inputs = self.output(x.shape[1]), x.unbind(0)
+        if self.shift is None:
+            torch.mul(self.rows[0], inputs[0], out=out)
+        else:
+            torch.addcmul(self.shift, self.rows[0], inputs[0], out=out)
+        for row, one in zip(self.rows[1:], inputs[1:], strict=True):
+            out.addcmul_(row, one)
         return out
 
+    def backward(self, x: Tensor, grad: Tensor) -> None:
+        batch = x.shape[1]
+        if batch not in self.products:
+            self.products[batch] = torch.empty_like(grad)
+        product = self.products[batch]
+        for one, row_grad in zip(x.unbind(0), self.row_grads, strict=True):
+            torch.mul(one, grad, out=product)
+            torch.sum(product, 1, out=row_grad)
+        if self.bias_grad is not None:
+            torch.sum(grad, 1, out=self.bias_grad)
+
+    def back(self, grad: Tensor, out: Tensor | None) -> Tensor:
+        grads = grad.unbind(0)
+        out = torch.mul(self.columns[0], grads[0], out=out)
+        for column, one in zip(self.columns[1:], grads[1:], strict=True):
+            out.addcmul_(column, one)
+        return out
+
+
+class _Apply(torch.autograd.Function):
+    """Apply a layer's maps, with the rectifier behind them where that is all there is."""
+
+    @staticmethod
+    def forward(ctx, anchor, x, engine, maps, layer):
+        out = maps.forward(x)
+        ctx.rectified = engine.plain and layer <= engine.recipe.hidden
+        if ctx.rectified:
+            out.relu_()
+        # Buffers, not autograd's tensors: what they hold lasts until the backward pass.
+        ctx.held = engine, maps, layer, x.detach(), out
+        return out.detach()
+
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        weight_grad, bias_grad = ctx.grads
-        for i in range(len(x)):
-            torch.sum(x[i] * grad, 1, out=weight_grad[i])
-        if bias_grad is not None:
-            torch.sum(grad, 1, out=bias_grad)
-        back = None
-        if ctx.needs_input_grad[1]:
-            columns = weight.unsqueeze(2)
-            back = columns[:, 0] * grad[0]
-            for o in range(1, len(grad)):
-                back.addcmul_(columns[:, o], grad[o])
-        return None, back, None, None, None, None
+        engine, maps, layer, x, out = ctx.held
+        grad = grad.contiguous()
+        if ctx.rectified:
+            # The gradient is the buffer that the next layer filled for this one alone.
+            torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
+        maps.backward(x, grad)
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, None, None
+        target = engine.scratch(x.shape, layer) if engine.plain else None
+        return None, maps.back(grad, target).detach(), None, None, None
 
 
 def _without_tail(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -175,8 +237,10 @@ class Engine:
         self.anchor = torch.zeros((), requires_grad=True, device=self.device)
         self.keys: Tensor | None = None
         blocks, size = {}, 0
-        for name, parameter in network.named_parameters():
-            shape = self._shape(name, parameter)
+        parameters = dict(network.named_parameters())
+        # The matrices come first: an optimizer may take them in one piece.
+        for name in sorted(parameters, key=lambda name: parameters[name].dim() < 3):
+            shape = self._shape(name, parameters[name])
             blocks[name] = (size, shape)
             size += round_up(math.prod(shape), 16)
         self.flat, self.grad, self.rates = (
@@ -189,7 +253,7 @@ class Engine:
         for name, block in blocks.items():
             view = self._view(self.rates, block)
             view.copy_(rates if self.narrow else rates.view(-1, *[1] * (view.dim() - 1)))
-            self._put(self.values[name], dict(network.named_parameters())[name].detach())
+            self._put(self.values[name], parameters[name].detach())
         self.buffers = {}
         for name, buffer in network.named_buffers():
             if buffer.dim() and buffer.is_floating_point():
@@ -204,6 +268,18 @@ class Engine:
                 leaf = value.detach().requires_grad_()
                 leaf.grad = self.grads[name]
                 self.leaves[name] = leaf
+        kind = _NarrowMaps if self.narrow else _Maps
+        self.maps = []
+        for layer in range(1, self.recipe.hidden + 2):
+            weight, bias = f"linear{layer}.weight", f"linear{layer}.bias"
+            grads = self.grads[weight], self.grads.get(bias)
+            self.maps.append(kind(self.values[weight], self.values.get(bias), grads))
+        self.plain = (
+            self.recipe.activation == "relu"
+            and self.recipe.normalization == self.recipe.residual == "none"
+            and not self.recipe.dropout
+        )
+        self._scratch: dict[tuple[Any, ...], Tensor] = {}
         zero = torch.zeros(1, dtype=self.dtype)
         act = getattr(network, "act1", nn.ReLU())
         self.moves_zero = not isinstance(act, StackedPReLU | StackedRReLU | MaxPieces) and bool(
@@ -245,6 +321,13 @@ class Engine:
             if isinstance(module, _Keyed):
                 module.calls = self.step
 
+    def scratch(self, shape: Sequence[int], layer: int) -> Tensor:
+        """Return a buffer for the gradient that a layer hands down; the next but one reuses it."""
+        key = (tuple(shape), layer % 2)
+        if key not in self._scratch:
+            self._scratch[key] = self.flat.new_empty(shape)
+        return self._scratch[key]
+
     def _pad(self, x: Tensor) -> Tensor:
         missing = 0 if self.narrow else -x.shape[-1] % FEATURES
         return F.pad(x, (0, missing)) if missing else x
@@ -259,25 +342,23 @@ class Engine:
         if module is None:
             return x
         if kind == "linear":
-            rule = _NarrowMap if self.narrow else _Map
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            return rule.apply(
-                self.anchor, x, self.values[weight], self.values.get(bias),
-                self.grads[weight], self.grads.get(bias),
-            )  # fmt: skip
+            return _Apply.apply(self.anchor, x, self, self.maps[layer - 1], layer)
         if kind == "norm":
             return self._normalize(name, module, x)
         if kind == "dropout":
             return x * self._keyed(module, x, self._kept) if self.training else x
         out = self._activate(name, module, x)
         if self.flags is not None:
-            peak = out.detach().abs().amax(1)
+            peak = out.detach()
+            peak = (peak.abs() if self.recipe.activation == "hardswish" else peak).amax(1)
             seen = self.flags[layer - 1]
             # NaN is not silence: it wins every maximum.
             self.flags[layer - 1] = peak if seen is None else torch.maximum(seen, peak)
         return out
 
     def _activate(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        if self.plain:
+            return x
         if isinstance(module, nn.ReLU):
             return F.relu(x) if self.recipe.residual == "pre-activation" else F.relu_(x)
         if isinstance(module, StackedPReLU):
@@ -490,21 +571,87 @@ def evaluate(engine: Engine, data: Data, watch: bool) -> tuple[Tensor, Tensor, l
     return loss[:members] / data.n, hits[:members] / data.n, peaks
 
 
+def _fused() -> dict[str, Callable[..., Any]]:
+    """Return torch's fused updates on the processor, if this torch has them."""
+    found = {}
+    for name in ("adam", "adamw"):
+        update = getattr(torch, f"_fused_{name}_", None)
+        if update is not None:
+            one = [torch.zeros(1)]
+            with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+                update(
+                    one, [torch.zeros(1)], [torch.zeros(1)], [torch.zeros(1)], [],
+                    [torch.ones(())], lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.0, eps=1e-8,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+                found[name] = update
+    return found
+
+
+FUSED = _fused()
+
+
 class Optimizer:
     """The optimizers of torch.optim over one flat buffer, with a rate for each number."""
 
     def __init__(self, engine: Engine):
         self.name, self.options = engine.plan.optimizer, engine.plan.options
-        self.p, self.g, self.rates = engine.flat, engine.grad, engine.rates
-        self.scratch = torch.zeros_like(self.p)
         count = STATES[self.name] + bool(self.options.get("momentum"))
-        self.state = [torch.zeros_like(self.p) for _ in range(count)]
+        state = [torch.zeros_like(engine.flat) for _ in range(count)]
+        self.fused = self._segments(engine, state)
+        start = sum(segment[1].numel() for segment in self.fused)
+        self.p, self.g, self.rates = engine.flat[start:], engine.grad[start:], engine.rates[start:]
+        self.state = [tensor[start:] for tensor in state]
+        self.scratch = torch.zeros_like(self.p)
         self.t = 0
+
+    def _segments(self, engine: Engine, state: list[Tensor]) -> list[tuple[Any, ...]]:
+        """Return rate, parameters, gradients and moments of what torch's fused Adam can take.
+
+        It passes over the memory once instead of seven times but takes one rate a call: one call
+        for each run of members of equal rate. Whether it is used must not depend on the members.
+        """
+        matrices = [m.weight for m in engine.maps]
+        if (
+            engine.narrow
+            or self.name not in FUSED
+            or engine.device.type != "cpu"
+            or sum(matrix[0].numel() for matrix in matrices) < FUSED_FROM
+        ):
+            return []
+        everything = (engine.flat, engine.grad, *state)
+        rates = engine.plan.lr.tolist()
+        front = sum(matrix.numel() for matrix in matrices)
+        if len(set(rates)) == 1:
+            return [(rates[0], *(tensor[:front] for tensor in everything))]
+        segments, offset = [], 0
+        for matrix in matrices:
+            size, member = matrix[0].numel(), 0
+            for rate, run in itertools.groupby(rates):
+                length = len(list(run))
+                cut = slice(offset + member * size, offset + (member + length) * size)
+                segments.append((rate, *(tensor[cut] for tensor in everything)))
+                member += length
+            offset += matrix.numel()
+        return segments
 
     def step(self, factor: float) -> None:
         """Move the parameters by one step with the rates times ``factor``."""
         self.t += 1
         decay = self.options["weight_decay"]
+        if self.fused:
+            beta1, beta2 = self.options["betas"]
+            count = torch.tensor(float(self.t))
+            by_rate: dict[float, list[tuple[Any, ...]]] = {}
+            for rate, *tensors in self.fused:
+                by_rate.setdefault(rate, []).append(tuple(tensors))
+            for rate, tensors in by_rate.items():
+                p, g, first, second = (list(column) for column in zip(*tensors, strict=True))
+                FUSED[self.name](
+                    p, g, first, second, [], [count] * len(p), lr=rate * factor, beta1=beta1,
+                    beta2=beta2, weight_decay=decay, eps=self.options["eps"], amsgrad=False,
+                    maximize=False,
+                )  # fmt: skip
         if decay and self.name == "adamw":
             self.p.addcmul_(self.p, self.rates, value=-factor * decay)
         elif decay:
