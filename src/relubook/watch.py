@@ -472,6 +472,8 @@ class Watch:
         for flat, now in self._flats:
             if flat is not now:
                 torch.maximum(flat, now, out=flat)
+        if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
+            return
         if not self._checked:
             self._check_reached()
         if self.optimizer is None:
