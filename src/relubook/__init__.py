@@ -11,10 +11,18 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Activation": "activations",
+    "Maxout": "maxout",
+    "Recipe": "stacked",
+    "Report": "diagnosis",
+    "Watch": "watch",
     "activation": "activations",
     "activation_names": "activations",
+    "certify_dead": "certificate",
     "claim": "claims",
+    "diagnose": "diagnosis",
+    "revive_": "revival",
     "setup": "notebook",
+    "train_many": "training",
 }
 
 __all__ = sorted(_HOME)

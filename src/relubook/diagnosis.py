@@ -389,9 +389,8 @@ class Report:
         axes.grid(False)
         axes.set_xlabel("share of the site's units")
         axes.set_title(f"{self.dead_fraction:.1%} of the units dead, n = {self.inputs:,} inputs")
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -1.1 / (1 + 0.3 * len(labels))), ncol=3
-        )
+        handles, states = axes.get_legend_handles_labels()
+        figure.legend(handles, states, loc="outside lower center", ncols=3)
         return figure
 
     def _table(self) -> tuple[list[str], list[list[str]]]:

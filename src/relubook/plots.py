@@ -62,12 +62,15 @@ def describe(figure: Any) -> str:
     for axes in figure.axes:
         title = axes.get_title(loc="left") or axes.get_title()
         words = [title, axes.get_xlabel(), axes.get_ylabel()]
-        legend = axes.get_legend()
-        if legend is not None:
-            words += [text.get_text() for text in legend.get_texts()]
+        words += _legend_words(axes.get_legend())
         lines.append(" | ".join(word.replace("\n", " ") for word in words if word))
     overall = figure.get_suptitle()
+    lines += [" | ".join(_legend_words(legend)) for legend in figure.legends]
     return "\n".join(["Figure" + (f": {overall}" if overall else ""), *filter(None, lines)])
+
+
+def _legend_words(legend: Any) -> list[str]:
+    return [] if legend is None else [text.get_text() for text in legend.get_texts()]
 
 
 def show(figure: Any) -> None:
