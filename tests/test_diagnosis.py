@@ -1004,6 +1004,25 @@ def test_a_hidden_rectifier_is_said_to_be_hidden():
     assert "NOT SEEN: 1 was called" in repr(report)
 
 
+def test_a_layer_with_a_rectifier_of_its_own_is_no_producer():
+    class Rectified(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(super().forward(x))
+
+    class Wrapped(nn.Conv1d):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    for kind in (Rectified, Wrapped):
+        model = nn.Sequential(kind(2, 3, 1), nn.ReLU())
+        inner, outer = diagnose(model, [torch.randn(2, 2, 4)])
+        assert (inner.producer, outer.producer) == ("0", None)
+
+
 # No trace
 
 

@@ -203,6 +203,40 @@ def test_a_death_and_a_revival():
         watch.compute()["2"]
 
 
+def test_sites_that_a_window_does_not_reach_stay_as_they_were():
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.which = mlp(2, 2, 2), mlp(2, 2, 2), "both"
+
+        def forward(self, x: Tensor) -> Tensor:
+            one = self.one(x) if self.which in ("both", "one") else x
+            return one + (self.two(x) if self.which in ("both", "two") else x)
+
+    model = Either()
+    x = torch.rand(3, 2)
+    with torch.no_grad():
+        for part in (model.one[0], model.two[0]):
+            part.weight.fill_(1.0)
+            part.bias.copy_(torch.tensor([0.0, -100.0]))
+    with Watch(model, window=1) as watch:
+        model(x)
+        first = watch.history
+        model.which = "one"
+        model(x)
+        assert watch.history == first  # neither a death nor a revival in the other branch
+        report = watch.compute()
+        assert report["two.1"].dead.tolist() == [False, True]
+        assert report["two.1"].peak.tolist() == [-torch.inf] * 2
+        model.which = "two"
+        model(x)
+        assert watch.history == first
+        with torch.no_grad():
+            model.two[0].bias.fill_(-100)
+        model(x)
+        assert watch.history[len(first) :] == [Event(4, 4, "two.1", 0, "death")]
+
+
 def test_dead_layer_is_called_out():
     model = mlp(3, 4, 1)
     nn.init.constant_(model[0].bias, -100)
@@ -497,7 +531,7 @@ def _worker(rank: int, path: str) -> None:
         model[0].weight.copy_(torch.tensor([[1.0, 0], [-1.0, 0], [1.0, 0], [0.0, 0]]))
         model[0].bias.copy_(torch.tensor([0.0, 0, 0, -1]))
     parallel = nn.parallel.DistributedDataParallel(model)
-    sign = 1.0 if rank == 0 else -1.0
+    sign = 1.0 if rank == 0 else -3.0
     with Watch(parallel, window=2) as watch:
         for step in range(4):
             x = torch.full((3 + rank, 2), sign * (step + 1.0))

@@ -18,7 +18,6 @@ from relubook.sites import (
     AmbiguousUnitsError,
     Site,
     SiteFinder,
-    _above_zero,
     public_name,
     tensors_in,
     undisturbed,
@@ -458,7 +457,7 @@ class Report:
 
         def cells(tag: str, line: list[str]) -> str:
             return "".join(
-                f'<{tag} style="text-align:{"left" if column < 2 else "right"}">'
+                f'<{tag} style="padding:.1em .6em;text-align:{"left" if column < 2 else "right"}">'
                 f"{html.escape(cell)}</{tag}>"
                 for column, cell in enumerate(line)
             )
@@ -524,16 +523,15 @@ class _Counter(SiteFinder):
         count.seen += x.numel() // units
         count.peak = torch.maximum(count.peak, _per_unit(x, site, "amax"))
         count.nonfinite |= _per_unit(~x.isfinite(), site, "amax")
-        if site.kind.fires in (_above_zero, None):
-            self._count(count, site, x > 0)
+        if not site.kind.by_output:
+            self._count(count, site, site.kind.fires(x, None))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         count = self.counts[site.key]
         if not x.numel():
             return
         out = out.detach()
-        if site.kind.fires not in (_above_zero, None):
-            assert site.kind.fires is not None
+        if site.kind.by_output:
             self._count(count, site, site.kind.fires(x, out))
         if self.smooth:
             count.magnitude += _per_unit(out.abs().double(), site, "sum")
@@ -924,7 +922,7 @@ def _site_report(counter: _Counter, key: tuple[Any, ...], dormant_threshold: flo
         nonfinite=count.nonfinite.cpu(),
         score=score,
         dormant_threshold=dormant_threshold,
-        silences=site.kind.fires is not None,
+        silences=site.kind.silences,
         shape=count.shape,
         location=site.location,
     )

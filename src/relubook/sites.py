@@ -28,7 +28,6 @@ BATCH, UNIT, POSITION = "batch", "unit", "position"
 Factor = tuple[int, str]
 Dim = tuple[Factor, ...]
 Layout = tuple[Dim, ...]
-Fires = Callable[[Tensor, Tensor], Tensor]
 
 RAW = "no layer came before it"
 """Why the units of the network's own input are unknown."""
@@ -100,27 +99,33 @@ class AmbiguousUnitsError(ValueError):
     """Nothing tells which dimension of a rectifier's input holds its units."""
 
 
-def _above_zero(x: Tensor, out: Tensor) -> Tensor:
-    return x > 0
-
-
-def _output_not_zero(x: Tensor, out: Tensor) -> Tensor:
-    return (out != 0) & ~torch.isnan(out)
-
-
 @dataclass(frozen=True)
 class Kind:
-    """One way to write a rectifier: its kind, and when it fires.
+    """One member of the family.
 
     Attributes:
         name: ``"relu"`` and so on.
-        fires: Function of the pre-activation and the output; ``None`` without silent region.
-        level: A unit whose pre-activations never exceed this level is silent on all of them.
+        silences: Whether it has a silent region.
+        level: It is silent up to this pre-activation.
+        by_output: Whether its output tells more exactly whether it is silent.
     """
 
     name: str
-    fires: Fires | None
+    silences: bool = True
     level: float = 0.0
+    by_output: bool = False
+
+    def fires(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """Return where a unit is not silent, as ``bool``; never at NaN.
+
+        Args:
+            x: Pre-activations.
+            out: Outputs, of the same shape; may be ``None`` unless ``by_output``.
+        """
+        if not self.by_output:
+            return x > self.level
+        assert out is not None
+        return (out != 0) & ~torch.isnan(out)
 
 
 def _zero(value: Any) -> bool:
@@ -133,8 +138,8 @@ def _bounded(low: Any, high: Any) -> Kind | None:
     if not _zero(low):
         return None
     if high is None:
-        return Kind("relu", _above_zero)
-    return Kind("relu6" if not isinstance(high, Tensor) and high == 6 else "hardtanh", _above_zero)
+        return Kind("relu")
+    return Kind("relu6" if not isinstance(high, Tensor) and high == 6 else "hardtanh")
 
 
 def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
@@ -149,9 +154,9 @@ def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
     """
     kind: Kind | None = None
     if operator == "relu":
-        kind = Kind("relu", _above_zero)
+        kind = Kind("relu")
     elif operator == "relu6":
-        kind = Kind("relu6", _above_zero)
+        kind = Kind("relu6")
     elif operator in ("clamp", "clip"):
         kind = _bounded(bound.get("min"), bound.get("max"))
     elif operator == "clamp_min":
@@ -161,16 +166,16 @@ def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
     elif operator == "threshold":
         if _zero(bound.get("value")):
             level = float(bound["threshold"])
-            kind = Kind("relu", _above_zero)
+            kind = Kind("relu")
             if level != 0:
-                kind = Kind("threshold", _output_not_zero, level)
+                kind = Kind("threshold", level=level, by_output=True)
     elif operator == "hardtanh":
         low, high = bound.get("min_val", -1), bound.get("max_val", 1)
-        kind = _bounded(low, high) or Kind("hardtanh", None)
+        kind = _bounded(low, high) or Kind("hardtanh", silences=False)
     elif operator == "hardswish":
-        kind = Kind("hardswish", _output_not_zero, -3.0)
+        kind = Kind("hardswish", level=-3.0, by_output=True)
     elif operator in SMOOTH:
-        kind = Kind(SMOOTH[operator], None)
+        kind = Kind(SMOOTH[operator], silences=False)
     return kind
 
 
@@ -649,7 +654,7 @@ class SiteFinder(TorchDispatchMode):
                 return None, None
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return None, None
-        if kind.fires is None and not self.smooth:
+        if not kind.silences and not self.smooth:
             self.seen_smooth[kind.name] += 1
             return None, None
         tag = self._tag(x)
