@@ -37,7 +37,7 @@ check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) -m pytest -q -m "not slow and not notebooks and not site"
+	$(RUN) -m pytest -q -n 2 -m "not slow and not notebooks and not site"
 
 format: $(INSTALLED) ## format the code of the package, the tests and the chapters
 	$(BIN)/ruff format .

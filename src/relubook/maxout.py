@@ -1,4 +1,4 @@
-"""Maxout: units that take the largest of several linear maps, and ReLU, ``|x|``, leaky ReLU as such."""
+"""Maxout: units that take the largest of several linear maps; exact forms of ReLU and relatives."""
 
 import math
 
