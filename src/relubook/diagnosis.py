@@ -166,7 +166,7 @@ class SiteReport:
 
     @property
     def dead_layer(self) -> bool:
-        """Whether all units are dead: the network is then constant behind the site."""
+        """Whether all units are dead; the network is then constant behind the site."""
         return self.units > 0 and bool(self.dead.all())
 
     def counts(self) -> dict[str, int]:

@@ -307,7 +307,7 @@ def crossed(seeds: int | Iterable[int], lr: Iterable[float]) -> tuple[list[int],
         lr: The rates.
 
     Returns:
-        Seeds and rates of the members, rate by rate: ``train_many(..., seeds=s, lr=r)``.
+        Seeds and rates of the members, rate by rate, for ``train_many(..., seeds=s, lr=r)``.
 
     Example:
         >>> crossed(2, [0.1, 0.2])
