@@ -15,6 +15,7 @@ from relubook.activations import (
     absolute,
     activation,
     activation_names,
+    relu_with_derivative_at_zero,
     squared_relu,
     step,
 )
@@ -157,3 +158,72 @@ def test_unknown_parameter_is_named_with_its_neighbors():
 def test_parameter_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="negative_slope of 'leaky_relu' must be a finite"):
         activation("leaky_relu", negative_slope=math.nan)
+
+
+SPELLINGS = [
+    (0.0, torch.relu),
+    (0.5, lambda x: torch.maximum(x, torch.zeros_like(x))),
+    (1.0, lambda x: x.clamp(min=0)),
+]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("value", "oracle"), SPELLINGS)
+def test_chosen_derivative_at_zero_equals_torchs_three_spellings(value, oracle, dtype):
+    numbers = [-3.0, -0.0, 0.0, 0.5, 2.0, -math.inf, math.inf]
+    x = torch.tensor(numbers, dtype=dtype).repeat(2, 1)
+    incoming = torch.linspace(-2, 5, 14, dtype=dtype).view(2, 7)
+    results = []
+    for f in (oracle, lambda z: relu_with_derivative_at_zero(z, value)):
+        leaf = x.clone().requires_grad_()
+        out = f(leaf)
+        out.backward(incoming)
+        results.append((out.detach(), leaf.grad))
+    (expected, expected_grad), (out, grad) = results
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+@given(value=st.floats(-100, 100), incoming=st.floats(-100, 100))
+def test_chosen_derivative_multiplies_the_incoming_gradient(value, incoming):
+    x = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    relu_with_derivative_at_zero(x, value).backward(torch.full_like(x, incoming))
+    assert x.grad.tolist() == [0.0, value * incoming, incoming]
+
+
+def test_chosen_derivative_may_differ_by_member_and_gets_no_gradient_itself():
+    x = torch.zeros(3, 2, 4, requires_grad=True)
+    value = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    relu_with_derivative_at_zero(x, value[:, None, None]).sum().backward()
+    assert x.grad[:, 0, 0].tolist() == [0.0, 0.5, 1.0]
+    assert value.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_chosen_derivative_under_function_transforms():
+    x = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    f = lambda z: relu_with_derivative_at_zero(z, 0.25)  # noqa: E731
+    slopes = torch.func.vmap(torch.func.grad(f))(x)
+    assert slopes.tolist() == [0.0, 0.25, 1.0]
+    _, forward = torch.func.jvp(f, (x,), (torch.full_like(x, 3.0),))
+    assert forward.tolist() == [0.0, 0.75, 3.0]
+    away = torch.tensor([-1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f, (away,))
+    assert torch.autograd.gradgradcheck(f, (away,))
+    assert f(torch.tensor([math.nan])).isnan().all()
+
+
+def test_chosen_derivative_refuses_what_makes_no_sense():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="value must be finite, not nan"):
+        relu_with_derivative_at_zero(x, math.nan)
+    with pytest.raises(ValueError, match="value must be finite"):
+        relu_with_derivative_at_zero(x, torch.tensor([0.0, math.inf, 1.0]))
+    with pytest.raises(ValueError, match=r"\(4,\) cannot be expanded to the input's \(2, 3\)"):
+        relu_with_derivative_at_zero(x, torch.zeros(4))
+    with pytest.raises(ValueError, match="cannot be expanded"):
+        relu_with_derivative_at_zero(torch.zeros(3), torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="floating point, not torch.int64"):
+        relu_with_derivative_at_zero(torch.zeros(2, dtype=torch.int64), 0.5)

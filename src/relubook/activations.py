@@ -19,6 +19,7 @@ __all__ = [
     "absolute",
     "activation",
     "activation_names",
+    "relu_with_derivative_at_zero",
     "squared_relu",
     "step",
 ]
@@ -53,6 +54,52 @@ def absolute(input: Tensor) -> Tensor:
         https://doi.org/10.1109/ICCV.2009.5459469
     """
     return input.abs()
+
+
+def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor:
+    """Return ``max(0, input)`` with a chosen derivative where the input is exactly 0.
+
+    The forward pass is ReLU's. The backward pass multiplies the incoming gradient by 1 where
+    ``input > 0``, by 0 where ``input < 0`` and by ``value`` where ``input == 0``. With the values
+    0, 0.5 and 1 the gradients are those of ``torch.relu(x)``, ``torch.maximum(x, zeros)`` and
+    ``x.clamp(min=0)``. Forward-mode and higher derivatives and ``torch.func`` work as for any
+    composition of torch's functions.
+
+    Args:
+        input: Any shape, floating point.
+        value: The derivative at 0, a finite number; or a tensor of finite numbers that can be
+            expanded to the shape of the input, such as one number a network. Subgradients are the
+            numbers in [0, 1]; others are allowed, for experiments. No gradient reaches it.
+
+    Returns:
+        Same shape and dtype as the input. NaN stays NaN.
+
+    Raises:
+        TypeError: If the input is not floating point.
+        ValueError: If a value is not finite, or the tensor would change the input's shape.
+
+    Source:
+        Bertoin et al. 2021, "Numerical influence of ReLU'(0) on backpropagation",
+        https://arxiv.org/abs/2106.12915, ask which value is best.
+    """
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, not {input.dtype}")
+    if isinstance(value, Tensor):
+        at_zero = value.detach().to(input)
+        finite = bool(at_zero.isfinite().all())
+        try:
+            at_zero = at_zero.expand(input.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"value of shape {tuple(value.shape)} cannot be expanded to the input's "
+                f"{tuple(input.shape)}"
+            ) from None
+    else:
+        at_zero = torch.as_tensor(value, dtype=input.dtype, device=input.device)
+        finite = math.isfinite(value)
+    if not finite:
+        raise ValueError(f"value must be finite, not {value!r}")
+    return torch.where(input == 0, at_zero * input, torch.relu(input))
 
 
 def step(input: Tensor) -> Tensor:
