@@ -1,7 +1,8 @@
 """Cost of a training step with `Watch`, and of `diagnose`, over the same without.
 
 Every figure is a median of ratios: the two variants run alternately, a few steps each, in one
-process and with one thread, so that other load on the machine falls on both.
+process and with one thread, so that other load on the machine falls on both. What is compared is
+the processor time of the process.
 """
 
 import contextlib
@@ -127,7 +128,7 @@ def _hooked(model: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 
 def ratio(plain: Callable[[], None], other: Callable[[], None], seconds: float) -> float:
-    """Return the median over turns of other's time over plain's, in alternating order."""
+    """Return the median over turns of other's processor time over plain's, in turns."""
     plain()
     other()
     ratios = []
@@ -136,9 +137,9 @@ def ratio(plain: Callable[[], None], other: Callable[[], None], seconds: float) 
         times = {}
         pair = (plain, other) if len(ratios) % 2 else (other, plain)
         for run in pair:
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[run] = time.perf_counter() - start
+            times[run] = time.process_time() - start
         ratios.append(times[other] / times[plain])
     return statistics.median(ratios)
 

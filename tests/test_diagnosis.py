@@ -821,6 +821,19 @@ def test_ambiguous_units_raise_and_say_how_to_decide():
         diagnose(Scores(), batches, unit_dim=7)
 
 
+def test_units_that_were_summed_up_are_ambiguous():
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.fc(x).sum(-1))
+
+    with pytest.raises(AmbiguousUnitsError, match="summed up"):
+        diagnose(Summed(), [torch.randn(2, 5, 4)])
+
+
 def test_images_without_a_layer_are_ambiguous():
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 1))
     with pytest.raises(AmbiguousUnitsError, match="no layer came before it"):

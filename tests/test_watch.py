@@ -399,6 +399,20 @@ def test_a_new_call_leads_to_another_audit():
     assert [site.name for site in watch.compute()] == ["relu#1", "relu#2"]
 
 
+def test_a_call_by_keyword_is_named():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.relu = nn.Linear(3, 3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(input=self.fc(x))
+
+    model = Keyword()
+    with Watch(model, window=1), pytest.warns(UserWarning, match="cannot follow relu"):
+        model(torch.randn(2, 3))
+
+
 def test_checkpointed_parts_are_not_counted_twice():
     class Saved(nn.Module):
         def __init__(self) -> None:

@@ -303,11 +303,13 @@ class Watch:
     A step is a forward pass of the model in training mode with gradients on, or, if an
     ``optimizer`` is given, one step of it. Under ``torch.distributed`` the peaks of all processes
     are merged by their maximum at the end of each window, so all must take as many steps.
-    Autocast and ``torch.compile`` (applied before or inside the ``with`` block) work; hooks break
-    a compiled graph at each site, and with ``fullgraph=True`` torch raises. Attach after the first
-    call of a compiled model is made to work by discarding what was compiled.
+    Autocast and ``torch.compile`` (applied before or inside the ``with`` block) work. A compiled
+    graph breaks where the model is entered and left, so with ``fullgraph=True`` torch raises. If
+    the model is compiled already, everything that was compiled in the process is discarded on
+    entry and on exit, since torch ignores hooks that come after the first call.
 
-    Training with and without it gives bit-identical weights.
+    In eager execution, training with and without it gives bit-identical weights. The audit runs
+    the model's own hooks once more, and changes to plain Python attributes stay.
 
     Args:
         model: Any module. Wrappers of ``torch.compile`` and of data parallelism are looked
@@ -640,8 +642,10 @@ class Watch:
                 self._surprise(f"{name} (call {calls[0]})")
 
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._live:
+            if self._live and args:
                 follow(args[0])
+            elif self._live:
+                self._surprise(f"{name} (called by keyword)")
 
         def post_hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._live:
@@ -653,6 +657,9 @@ class Watch:
 
             def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 if self._live:
+                    if not args:
+                        self._surprise(f"{name} (called by keyword)")
+                        return
                     x = args[0]
                     if calls[0] or x.ndim != 2 or x.dtype is not dtype or not len(x):
                         follow(x)
@@ -661,9 +668,9 @@ class Watch:
                         amax(x.detach(), 0, out=now)
 
         if is_input:
-            handle = module.register_forward_pre_hook(torch.compiler.disable(pre_hook))
+            handle = module.register_forward_pre_hook(pre_hook)
         else:
-            handle = module.register_forward_hook(torch.compiler.disable(post_hook))
+            handle = module.register_forward_hook(post_hook)
         self._site_handles.append(handle)
 
     # Sites that hooks cannot follow.
