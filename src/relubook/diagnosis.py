@@ -430,7 +430,7 @@ class Report:
         if dead:
             fewest = min(site.inputs for site in self.sites if site.dead.any())
             remarks.append(
-                f"{dead:,} dead units ({self.dead_fraction:.1%}). Silence on n = {fewest:,} "
+                f"{dead:,} dead unit{'s' * (dead != 1)} ({self.dead_fraction:.1%}). Silence on n = {fewest:,} "
                 "independent inputs bounds a unit's firing rate by "
                 f"{silence_bound(fewest):.2%} (95%)."
             )
