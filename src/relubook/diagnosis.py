@@ -430,8 +430,8 @@ class Report:
         if dead:
             fewest = min(site.inputs for site in self.sites if site.dead.any())
             remarks.append(
-                f"{dead:,} dead unit{'s' * (dead != 1)} ({self.dead_fraction:.1%}). Silence on n = {fewest:,} "
-                "independent inputs bounds a unit's firing rate by "
+                f"{dead:,} dead unit{'s' * (dead != 1)} ({self.dead_fraction:.1%}). Silence on "
+                f"n = {fewest:,} independent inputs bounds a unit's firing rate by "
                 f"{silence_bound(fewest):.2%} (95%)."
             )
         if self.skipped:
