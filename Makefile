@@ -53,7 +53,7 @@ record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the
 full: $(INSTALLED) ## compute the stored results of book/results (NAMES=...: some)
 	RELUBOOK_SCALE=full $(RUN) -m relubook.results $(NAMES)
 
-serve: book ## build, serve on loopback and rebuild on change
+serve: $(INSTALLED) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve
 
 bench: $(INSTALLED) ## a table of ratios with their bars, and _build/bench.json
