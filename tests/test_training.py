@@ -1,12 +1,13 @@
 import math
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector
 
 from relubook.activations import activation_names
 from relubook.diagnosis import diagnose
@@ -166,14 +167,15 @@ def loop(
     return net.eval(), norms
 
 
-def assert_same(run, nets, tolerance=1e-9):
-    ours = run.network.parameter_vectors()
+def assert_same(run, nets, tolerance=1e-9, without=()):
+    """Compare whole parameter vectors, but for the parameters named in ``without``."""
     for i, net in enumerate(nets):
-        # A bias in front of batch normalization has a gradient of zero up to rounding; the whole
-        # vector is compared, so that nothing need be left out.
-        want = parameters_to_vector(net.parameters()).detach()
-        difference = (ours[i] - want).norm() / want.norm()
-        assert difference < tolerance, (i, difference.item())
+        ours, theirs = run.member(i).state_dict(), dict(net.named_parameters())
+        names = [name for name in theirs if name not in without]
+        got, want = (torch.cat([d[n].detach().flatten() for n in names]) for d in (ours, theirs))
+        if not without:
+            assert torch.equal(got, run.network.parameter_vectors()[i])
+        assert (got - want).norm() / want.norm() < tolerance, i
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -228,8 +230,20 @@ def test_fused_updates_equal_the_loop(name, rates):
     assert torch.equal(alone.network.parameter_vectors(), run.network.parameter_vectors()[1:])
 
 
+STRUCTURES = [
+    "plain",
+    "narrow",
+    "maxout block",
+    "prelu, one slope a unit",
+    "batch",
+    "all",
+    "narrow, all",
+    "softplus in blocks",
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("case", OPTIMIZER_CASES)
 def test_every_optimizer_on_every_recipe_equals_the_loop(name, case):
     recipe = make(**RECIPES[name])
@@ -237,7 +251,14 @@ def test_every_optimizer_on_every_recipe_equals_the_loop(name, case):
     optimizer, options = OPTIMIZER_CASES[case]
     arguments = {"batch_size": 13, "clip": 1.0} | options
     run = train_many(recipe, x, y, seeds=[5], steps=50, lr=0.01, optimizer=optimizer, **arguments)
-    assert_same(run, [loop(recipe, x, y, 5, 50, 0.01, optimizer, **arguments)[0]])
+    without = set()
+    if recipe.normalization == "batch" and optimizer in ("adam", "adamax", "rmsprop"):
+        # The true gradient of a bias in front of batch normalization is 0. What rounding leaves
+        # of it makes the bias move by a trifle, of which weight decay makes a gradient that the
+        # optimizer scales up to a full step: its sign is chance, and the network does not see it.
+        without = {f"linear{layer}.bias" for layer in range(1, recipe.hidden + 1)}
+    net, _ = loop(recipe, x, y, 5, 50, 0.01, optimizer, **arguments)
+    assert_same(run, [net], without=without)
 
 
 @pytest.mark.parametrize("name", activation_names())
@@ -581,6 +602,44 @@ def test_memory_is_named_before_it_is_taken():
         train_many(recipe, x, y, seeds=50, steps=1, lr=0.1, memory_limit=1000)
     with pytest.raises(MemoryError, match="chunk="):
         train_many(recipe, x, y, seeds=range(10**6), steps=1, lr=0.1)
+
+
+MEASURE = """
+import torch
+from pathlib import Path
+from relubook.stacked import Recipe
+from relubook.training import memory_needed, train_many
+
+def high_water():
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split("VmHWM:")[1].split()[0])
+
+torch.set_num_threads(1)
+recipe, batch, members = {case}
+x, y = torch.randn(1000, recipe.inputs), torch.randn(1000, recipe.outputs)
+train_many(recipe, x, y, seeds=1, steps=1, lr=0.01, batch_size=batch)
+before = high_water()
+train_many(recipe, x, y, seeds=members, steps=3, lr=0.01, batch_size=batch)
+print(memory_needed(recipe, members, 1000, batch_size=batch) / (high_water() - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(
+    "case",
+    [
+        "Recipe(1, 2, 1, depth=10), 128, 3000",
+        "Recipe(64, 64, 10, depth=10), None, 100",
+        'Recipe(64, 64, 10, depth=7, normalization="batch"), 256, 100',
+        'Recipe(64, 64, 10, depth=7, residual="relu(f)+x", activation="gelu"), 256, 100',
+        'Recipe(64, 64, 10, depth=7, dropout=0.2, activation="prelu"), 256, 100',
+    ],
+)
+def test_memory_estimate_is_close(case):
+    code = MEASURE.replace("{case}", case)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.9 < float(run.stdout) < 2
 
 
 X, Y = torch.randn(40, 3), torch.randint(4, (40,))

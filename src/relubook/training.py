@@ -675,16 +675,17 @@ def memory_needed(
     # Parameters, gradient, rates, two scratch buffers and the network that is returned.
     flat = weights * places * size * (6 + STATES.get(optimizer, 2) + momentum)
     kept = 1 + (recipe.residual != "none") + 2 * (recipe.activation != "relu")
-    kept += 3 * (recipe.normalization != "none") + 3 * (recipe.dropout > 0) + (recipe.pieces > 1)
+    kept += 5 * (recipe.normalization != "none") + 5 * (recipe.dropout > 0) + (recipe.pieces > 1)
     ends = wide(recipe.inputs) + 3 * wide(recipe.outputs)
     widest = max([*units, wide(recipe.inputs), wide(recipe.outputs)])
     pass_through = (sum(units) * kept + ends + 4 * widest) * batch * places * size
     if narrow:
         pass_through += 2 * widest * batch * places * size
     evaluation = 4 * widest * min(n, ROWS) * places * size
-    order = 0 if batch_size is None else n * places * 8
+    # The order of an epoch, twice over, and two generators of random numbers a member.
+    order = members * 20_000 + (0 if batch_size is None else 2 * n * places * 8)
     kept_records = records * members * (6 + recipe.hidden) * size + sum(units) * members * 9
-    return int(flat + max(pass_through, evaluation) + order + kept_records)
+    return int(1.1 * (flat + max(pass_through, evaluation)) + order + kept_records)
 
 
 def _check_memory(plan: Plan, members: int, limit: float | None) -> None:
