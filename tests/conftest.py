@@ -16,8 +16,8 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_untouched_randomness():
-    """Run on one thread, and fail a test whose code drew from torch's global generator."""
+def _one_thread_and_restored_randomness():
+    """Run on one thread, and give each test the global random state as it was."""
     torch.set_num_threads(1)
     before = torch.random.get_rng_state()
     yield

@@ -141,6 +141,8 @@ def test_page_is_complete_self_contained_and_light(browser, address, site, page)
         )
         assert not untold, "figures without alternative text"
         formulas = visit.page.locator("main .math").count()
+        source = (ROOT / f"{page}.md").read_text(encoding="utf-8")
+        assert formulas > 0 or not re.search(r"\$[^$]+\$", source)
         assert visit.page.locator("main .math mjx-container").count() >= formulas
         assert visit.page.locator("mjx-merror, [data-mjx-error]").count() == 0
     weight = {path: (site / path.strip("/")).stat().st_size for path in visit.loaded}

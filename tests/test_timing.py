@@ -9,7 +9,7 @@ from relubook.timing import interleaved_seconds, ratio_interval
 def test_functions_take_turns(monkeypatch):
     order = []
     clock = iter(range(1000))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(clock))
     seconds = interleaved_seconds(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, calls=2
     )

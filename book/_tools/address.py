@@ -17,9 +17,9 @@ FORM = re.compile(r"https://github\.com/[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_.-]+
 MENTION = re.compile(r"(?:https://)?(github\.com|gh|github)/([A-Za-z0-9-]+/relubook)\b")
 UNSET = "https://github.com/set--me/relubook"
 UNSET_NOTICE = re.compile(
-    r"<!-- address unset -->\n.*?<!-- /address unset -->\n"
-    r"|^ *# While the book has no public address.*\n *# clone the project.*\n",
-    re.M | re.S,
+    r"<!-- address unset -->\n[\s\S]*?<!-- /address unset -->\n"
+    r"|^ *# While the book has no public address[^\n]*\n *# clone the project[^\n]*\n",
+    re.M,
 )
 SKIPPED = (".lock", ".png", ".svg", ".json")
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Rewrite the address everywhere."""
     if len(sys.argv) != 2 or not FORM.fullmatch(sys.argv[1].removesuffix(".git")):
         sys.exit("say: make address URL=https://github.com/OWNER/NAME")
-    old, new = current(), sys.argv[1].removesuffix(".git").rstrip("/")
+    old, new = current(), sys.argv[1].removesuffix(".git")
     old_name, new_name = (url.removeprefix("https://github.com/") for url in (old, new))
     for path in files():
         text = path.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def main() -> None:
             text = text.replace(old_name, new_name)
             if new != UNSET and path.suffix == ".md":
                 text = UNSET_NOTICE.sub("", text)
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", newline="\n")
             print(path.relative_to(ROOT))
     for chapter in notebooks.chapters():
         stamp = notebooks.read_notebook(chapter).metadata.relubook

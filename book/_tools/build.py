@@ -21,7 +21,10 @@ def build() -> int:
     if program is None:
         sys.exit(f"jupyter-book is not installed beside {sys.executable}: run make book")
     command = [program, "build", "-W", "-n", "--keep-going", "-q", "."]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status:  # a page that is not read again would not repeat its warning
+        shutil.rmtree(ROOT / "_build" / ".doctrees", ignore_errors=True)
+    return status
 
 
 def serve() -> None:
@@ -34,7 +37,10 @@ def serve() -> None:
     def handler(*arguments: object) -> SimpleHTTPRequestHandler:
         return SimpleHTTPRequestHandler(*arguments, directory=str(FIRST_PAGE.parent))  # type: ignore[arg-type]
 
-    server = ThreadingHTTPServer(("127.0.0.1", PORT), handler)
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", PORT), handler)
+    except OSError as error:
+        sys.exit(f"cannot serve on port {PORT}: {error.strerror}")
     Thread(target=server.serve_forever, daemon=True).start()
     print(f"serving on http://127.0.0.1:{PORT}, Ctrl-C ends", flush=True)
     for _ in watch(*(ROOT / name for name in WATCHED), raise_interrupt=False):

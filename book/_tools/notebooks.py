@@ -29,6 +29,7 @@ from relubook.fingerprint import imported_modules, sources_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
+RESULTS = BOOK / "results"
 LIBRARIES = (
     "torch",
     "numpy",
@@ -108,6 +109,11 @@ def fingerprint(notebook: NotebookNode) -> str:
             row["id"]: (row["whose"], row["statement"])
             for row in ledger()
             if f'claim("{row["id"]}")' in joined
+        },
+        "results": {
+            name: hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()
+            for name in re.findall(r"\bload\(\s*[\"']([\w-]+)[\"']", joined)
+            if (RESULTS / f"{name}.json").exists()
         },
         "versions": library_versions(),
     }
@@ -218,7 +224,7 @@ def write(notebook: NotebookNode, path: Path) -> bool:
         return False
     temporary = path.with_suffix(".partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class ClaimsTable(SphinxDirective):
 def _verdict_lines(row: dict[str, Any]) -> list[str]:
     verdict = row["verdict"] or "untested"
     condition = f" on {row['depends_on']}" if row["depends_on"] else ""
-    lines = [f"**{verdict.capitalize()}**{condition}.", ""]
+    lines = [f"**{verdict.capitalize()}**{condition}. {row['finding'] or ''}".rstrip(), ""]
     for entry in row["evidence"]:
         if "source" in entry:
             lines.append(f"- [{entry['source']}]({entry['url']})")

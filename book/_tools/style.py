@@ -53,7 +53,7 @@ def main() -> None:
     for path in chapters():
         text = path.read_text(encoding="utf-8")
         if (formatted := format_chapter(text)) != text:
-            path.write_text(formatted, encoding="utf-8")
+            path.write_text(formatted, encoding="utf-8", newline="\n")
             print(f"{path.name}: formatted")
 
 

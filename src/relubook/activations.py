@@ -115,7 +115,7 @@ def step(input: Tensor) -> Tensor:
     Source:
         McCulloch and Pitts 1943, https://doi.org/10.1007/BF02478259
     """
-    return torch.heaviside(input.detach(), input.new_zeros(())) + 0 * input
+    return input.clamp(0, 1).ceil()
 
 
 class SquaredReLU(nn.Module):
@@ -152,7 +152,9 @@ class Activation:
         formula: LaTeX, in ``x``, without dollar signs.
         paper: Author, year and title.
         url: DOI or arXiv address of the paper.
-        initializer: Name of the matching initializer, in ``relubook.init`` or ``torch.nn.init``.
+        initializer: Name of the initializer that is used with it, in ``relubook.init`` or
+            ``torch.nn.init``. It keeps the second moment from layer to layer exactly for ReLU,
+            absolute value, step and SELU, nearly so for the leaky ones, and by custom for the rest.
         limits: Limits of the function for x to minus and plus infinity.
         derivative_at_zero: What torch's autograd returns at exactly 0, with default parameters
             (for ``rrelu`` in evaluation mode).
@@ -372,7 +374,7 @@ _ENTRIES = (
         r"1 \text{ if } x > 0 \text{ else } 0",
         "McCulloch and Pitts 1943, A logical calculus of the ideas immanent in nervous activity",
         "https://doi.org/10.1007/BF02478259",
-        "lecun_normal_",
+        "he_normal_",
         (0.0, 1.0),
         0.0,
     ),

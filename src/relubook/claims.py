@@ -506,6 +506,7 @@ def ledger() -> list[dict[str, Any]]:
                 "verdict": record.get("verdict"),
                 "depends_on": record.get("depends_on"),
                 "evidence": record.get("evidence", []),
+                "finding": record.get("finding"),
             }
         )
     return rows

@@ -8,8 +8,8 @@ from relubook._optional import require
 
 __all__ = ["COLORS", "LINE_STYLES", "describe", "show", "use_style"]
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000")
-"""Okabe and Ito's colors, which color-blind readers tell apart, darkest contrast first."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#C6619A", "#882255", "#B8860B", "#000000")
+"""Colors after Okabe and Ito, darkened where faint, that color-blind readers tell apart."""
 
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 """One line style for each color, so that figures work in gray."""

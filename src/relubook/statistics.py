@@ -47,7 +47,8 @@ class Estimate:
     confidence: float = 0.95
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.n})"
+        coverage = "" if self.confidence == 0.95 else f", {100 * self.confidence:.4g}%"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.n}{coverage})"
 
 
 def scale(*, quick: T, full: T) -> T:

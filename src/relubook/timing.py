@@ -1,4 +1,4 @@
-"""Timings that survive a noisy machine: interleaved in one run, compared as ratios."""
+"""Timings that survive a noisy machine: processor time, interleaved, compared as ratios."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +20,8 @@ def interleaved_seconds(
         calls: Calls a round, at least 1; raise it for functions of microseconds.
 
     Returns:
-        Seconds per call, one number a round, by name.
+        Seconds of processor time per call, one number a round, by name. Time that other programs
+        take does not count; work on several threads counts for each of them.
 
     Raises:
         ValueError: If there is nothing to time, or ``repeats`` or ``calls`` is below 1.
@@ -32,11 +33,11 @@ def interleaved_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            started = time.perf_counter()
+            started = time.process_time()
             for _ in range(calls):
                 function()
             if round_number:
-                seconds[name].append((time.perf_counter() - started) / calls)
+                seconds[name].append((time.process_time() - started) / calls)
     return seconds
 
 
