@@ -174,6 +174,21 @@ def test_what_is_registered_runs_and_is_not_stale():
         assert not is_stale(name), f"{name} is stale: make full NAMES={name}"
 
 
+def test_what_the_readme_says_of_one_network():
+    stored = load("one-network")
+    for lr, better, wrong in ((0.001, "none", 0.29), (0.01, "batch", 0.32)):
+        plain, normed = (
+            stored.cell(activation="relu", normalization=n, lr=lr)["accuracy"]
+            for n in ("none", "batch")
+        )
+        flips = flipped_verdicts(plain, normed)
+        assert flips.difference.n == 500
+        assert (flips.difference.low > 0) == (better == "none")
+        assert (flips.difference.high < 0) == (better == "batch")
+        assert flips.flipped == pytest.approx(wrong, abs=0.04)
+        assert flips.same_seed == pytest.approx(wrong, abs=0.05)
+
+
 @pytest.mark.slow
 def test_one_network_agrees_with_what_is_stored():
     grid = {"activation": ["relu"], "normalization": ["none"], "lr": [0.01]}
