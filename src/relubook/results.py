@@ -56,7 +56,7 @@ __all__ = [
     "result_names",
 ]
 
-MODULES: tuple[str, ...] = ("one_network",)
+MODULES: tuple[str, ...] = ("one_network", "recurrent")
 """Modules of the package that define computations."""
 
 # They hold no part of a result; a change to them does not make one stale.
