@@ -45,7 +45,7 @@ class Cell:
 
     @property
     def gates(self) -> int:
-        """Linear maps a step: 4 for an LSTM, else 1."""
+        """Linear maps a step, 4 for an LSTM, else 1."""
         return 4 if self.kind == "lstm" else 1
 
 

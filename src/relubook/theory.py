@@ -363,7 +363,7 @@ def _numpy() -> Any:
 
 
 def tent_map(x: Tensor, times: int = 1) -> Tensor:
-    """Fold [0, 1] in the middle, again and again: x -> 1 - |2x - 1|.
+    """Fold [0, 1] in the middle, again and again: ``x -> 1 - |2x - 1|``.
 
     Args:
         x: Points of [0, 1], any shape.
@@ -568,7 +568,7 @@ def interpolation_error_bound(curvature: float, spacing: float, dimension: int =
 
     Source:
         Let c be the center and R the radius of a ball about a simplex and M the curvature. Then
-        error + M/2 |x - c|^2 is convex and at most M/2 R^2 at the corners, hence everywhere. A
+        ``error + M/2 |x - c|^2`` is convex and at most M/2 R^2 at the corners, hence everywhere. A
         grid cube fits into a ball of R = spacing sqrt(dimension) / 2.
     """
     if not (0 <= curvature < math.inf and 0 <= spacing < math.inf) or dimension < 1:
