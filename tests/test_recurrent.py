@@ -101,10 +101,12 @@ def test_memory_is_learned_over_a_short_time_and_reported_by_network():
 
 
 def test_memory_of_a_member_is_its_own():
+    """Long sequences give gradients that have to be clipped, each member's by its own norm."""
     both, alone = (
-        memory_task("tanh", seeds, 0.01, steps=4, updates=12)["loss"] for seeds in ([5, 6], [6])
+        memory_task("ReLU, identity", seeds, 0.01, steps=30, updates=12)["loss"]
+        for seeds in ([5, 6], [6])
     )
-    assert both[1] == pytest.approx(alone[0], abs=1e-5)
+    assert both[1] == pytest.approx(alone[0], abs=1e-4)
 
 
 def test_a_diverged_network_has_not_learned():
