@@ -11,7 +11,7 @@ from sphinx.util.docutils import SphinxDirective
 from relubook.claims import ledger, source_notes
 
 UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
-UNUSED_STYLES = ("thebe", "togglebutton")
+UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
 
 
 def exclude_text_twins(app: Sphinx, config: Any) -> None:

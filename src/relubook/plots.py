@@ -74,15 +74,18 @@ def _legend_words(legend: Any) -> list[str]:
 
 
 def show(figure: Any) -> None:
-    """Display a figure as PNG together with its words, and close it.
+    """Display a figure as PNG (128 colors) together with its words, and close it.
 
     Args:
         figure: A ``matplotlib.figure.Figure``.
     """
     display = require("IPython.display", "figures").display
     pyplot = require("matplotlib.pyplot", "figures")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    image = require("PIL.Image", "figures")
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png")
     pyplot.close(figure)
-    picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+    # A palette makes the picture, and so the page, several times smaller.
+    image.open(buffer).convert("RGB").quantize(128).save(small, format="png", optimize=True)
+    picture = base64.b64encode(small.getvalue()).decode("ascii")
     display({"image/png": picture, "text/plain": describe(figure)}, raw=True)
