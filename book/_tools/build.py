@@ -21,6 +21,12 @@ def build() -> int:
     if program is None:
         sys.exit(f"jupyter-book is not installed beside {sys.executable}: run make book")
     command = [program, "build", "-W", "-n", "--keep-going", "-q", "."]
+    index = FIRST_PAGE.with_name("searchindex.js")  # written whenever a page was
+    if index.exists():  # Sphinx itself does not notice a changed style sheet or template
+        built = index.stat().st_mtime
+        looks = [p for name in ("_static", "_templates") for p in (ROOT / "book" / name).rglob("*")]
+        if any(path.stat().st_mtime > built for path in looks):
+            command.append("--all")
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status:  # a page that is not read again would not repeat its warning
         shutil.rmtree(ROOT / "_build" / ".doctrees", ignore_errors=True)
