@@ -12,6 +12,7 @@ from relubook.statistics import (
     bootstrap_interval,
     compare_paired,
     equivalence,
+    mean_difference,
     mean_interval,
     median_interval,
     paired_interval,
@@ -33,6 +34,23 @@ def test_mean_interval_equals_students(values):
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (got.low, got.high) == pytest.approx((low, high), rel=1e-9, abs=1e-9)
     assert got.n == len(values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(numbers, numbers)
+def test_mean_difference_equals_welchs(first, second):
+    got = mean_difference(first, second, confidence=0.9)
+    assert (got.value, got.n) == (np.mean(first) - np.mean(second), min(len(first), len(second)))
+    if min(np.std(first), np.std(second)) < 1e-6:  # scipy warns of lost digits there
+        assert got.low <= got.value <= got.high
+        return
+    low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.9)
+    assert (got.low, got.high) == pytest.approx((low, high), rel=1e-7, abs=1e-7)
+
+
+def test_mean_difference_of_constant_groups_has_no_width():
+    got = mean_difference([2.0] * 3, [0.5] * 4)
+    assert (got.low, got.value, got.high) == (1.5, 1.5, 1.5)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 30), (30, 30), (7, 30), (1, 1)])
@@ -167,6 +185,8 @@ def test_scale(monkeypatch):
         (lambda: proportion_interval(3, 2), "3 of 2"),
         (lambda: proportion_difference(1, 2, 3, 2), "3 of 2"),
         (lambda: paired_interval([1.0, 2.0], [1.0, 2.0, 3.0]), "not 2 and 3"),
+        (lambda: mean_difference([1.0, 2.0], [1.0]), "at least 2 samples"),
+        (lambda: mean_difference([1.0, 2.0], [1.0, math.inf]), "1 of 2 samples are not finite"),
         (lambda: compare_paired({"a": [1.0, 2.0]}), "at least two remedies"),
         (lambda: compare_paired({"a": [1, 2], "b": [1, 2]}, baseline="c"), "'c' is none of a, b"),
         (lambda: compare_paired({"a": [1, 2], "b": [1, 2]}, test="z"), "'z'"),
