@@ -45,14 +45,18 @@ def test_unroll_is_what_torch_computes(name):
         torch.testing.assert_close(states[-1][i], state[0])
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_norms_are_those_of_autograd_through_torch(name):
+@pytest.mark.parametrize(
+    ("name", "recurrent_gain"), [(n, 1.0) for n in CELLS] + [("ReLU", 6**0.5), ("tanh", 3**0.5)]
+)
+def test_norms_are_those_of_autograd_through_torch(name, recurrent_gain):
     cell = CELLS[name]
     (g,) = generators(4)
     weight, bias = draw_cells(cell, INPUTS, UNITS, [g], dtype=torch.float64)
     x = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, generator=g)
     readout = torch.randn(1, UNITS, dtype=torch.float64, generator=g)
-    norms = norms_through_time(name, [4], units=UNITS, steps=STEPS, batch=BATCH, inputs=INPUTS)
+    sizes = {"units": UNITS, "steps": STEPS, "batch": BATCH, "inputs": INPUTS}
+    norms = norms_through_time(name, [4], recurrent_gain=recurrent_gain, **sizes)
+    weight[:, INPUTS:] *= recurrent_gain
     net = reference(cell, weight[0], bias[0])
     for t in range(STEPS):
         zero = torch.zeros(1, BATCH, UNITS, dtype=torch.float64)

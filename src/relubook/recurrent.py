@@ -143,6 +143,7 @@ def norms_through_time(
     steps: int = 100,
     batch: int = 16,
     inputs: int = 8,
+    recurrent_gain: float = 1.0,
 ) -> Tensor:
     """Return the gradient's norm at the state of every time step, in float64.
 
@@ -155,6 +156,8 @@ def norms_through_time(
         steps: Length of the sequences.
         batch: Number of sequences.
         inputs: Number of input features.
+        recurrent_gain: Factor on the weights between states; 6**0.5 gives a plain ReLU cell the
+            variance 2 / units of He, 3**0.5 a tanh cell 1 / units.
 
     Returns:
         Norms over batch and units, shape (networks, steps), the first step first.
@@ -165,6 +168,7 @@ def norms_through_time(
     cell, dtype = _cell(name), torch.float64
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     weight, bias = draw_cells(cell, inputs, units, generators, dtype=dtype)
+    weight[:, inputs:] *= recurrent_gain
     x = torch.stack(
         [torch.randn(steps, batch, inputs, dtype=dtype, generator=g) for g in generators]
     )
