@@ -56,7 +56,7 @@ __all__ = [
     "result_names",
 ]
 
-MODULES: tuple[str, ...] = ("one_network", "recurrent")
+MODULES: tuple[str, ...] = ("born_dead", "one_network", "optimizer_maps", "recurrent")
 """Modules of the package that define computations."""
 
 # They hold no part of a result; a change to them does not make one stale.
