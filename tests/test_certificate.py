@@ -199,7 +199,10 @@ def test_names_and_units_of_nested_containers_and_convolutions():
     ]
     lines = repr(certificate).splitlines()
     assert lines[0] == f"Certificate: {certificate.total} of 8 units are silent on the whole box"
-    assert len(lines) == 4
+    assert len(lines) == 5  # title, header, rule, and two sites
+    assert [site.name for site in certificate] == ["0.1", "3"]
+    assert "3" in certificate
+    assert "2" not in certificate
     with pytest.raises(KeyError, match=r"0\.1, 3"):
         certificate["2"]
 

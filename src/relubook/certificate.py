@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relubook._listing import SiteListing, plain_table
+
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
 
 _LINEAR = (
@@ -99,7 +101,7 @@ class CertifiedSite:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(SiteListing[CertifiedSite]):
     """What :func:`certify_dead` proved; ``certificate["name"]`` is a site, its text a table.
 
     Attributes:
@@ -107,12 +109,6 @@ class Certificate:
     """
 
     sites: tuple[CertifiedSite, ...]
-
-    def __getitem__(self, name: str) -> CertifiedSite:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(f"no rectifier {name!r}; there are {', '.join(s.name for s in self.sites)}")
 
     @property
     def total(self) -> int:
@@ -125,14 +121,9 @@ class Certificate:
             certified = f"{int(site.certified.sum())}"
             least = f"{float(site.upper.min()):.3g}"
             rows.append((site.name, site.kind, str(site.upper.numel()), certified, least))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
         units = sum(site.upper.numel() for site in self.sites)
-        lines = [f"Certificate: {self.total} of {units} units are silent on the whole box"]
-        for site_, kind, *numbers in rows:
-            cells = [f"{site_:<{widths[0]}}", f"{kind:<{widths[1]}}"]
-            cells += [f"{n:>{w}}" for n, w in zip(numbers, widths[2:], strict=True)]
-            lines.append("  " + "  ".join(cells))
-        return "\n".join(lines)
+        title = f"Certificate: {self.total} of {units} units are silent on the whole box"
+        return "\n".join([title, *plain_table(rows, words=2)])
 
 
 def certify_dead(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from relubook._listing import SiteListing, plain_table
 from relubook._optional import require
 from relubook.sites import (
     BATCH,
@@ -203,7 +204,7 @@ class SiteReport:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Report:
+class Report(SiteListing[SiteReport]):
     """What :func:`diagnose` found. ``print`` shows it as a table, Jupyter as a rich one.
 
     ``report["name"]`` is one site, ``len(report)`` their number, and iterating gives them in
@@ -222,21 +223,6 @@ class Report:
     batches: int = 0
     skipped: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __iter__(self) -> Iterator[SiteReport]:
-        return iter(self.sites)
-
-    def __contains__(self, name: object) -> bool:
-        return any(site.name == name for site in self.sites)
-
-    def __getitem__(self, name: str) -> SiteReport:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(f"no site {name!r}; the sites are {', '.join(s.name for s in self.sites)}")
 
     @property
     def dead_fraction(self) -> float:
@@ -440,17 +426,7 @@ class Report:
 
     def __repr__(self) -> str:
         header, rows = self._table()
-        lines = [header, *rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        table = [
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        table.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-        return "\n".join([*table, *self._remarks()])
+        return "\n".join([*plain_table([header, *rows], words=2), *self._remarks()])
 
     def _repr_html_(self) -> str:
         header, rows = self._table()

@@ -4,7 +4,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from relubook._listing import SiteListing, plain_table
 from relubook.sites import (
     UNIT,
     AmbiguousUnitsError,
@@ -83,7 +84,7 @@ class WatchedSite:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WatchReport:
+class WatchReport(SiteListing[WatchedSite]):
     """The state of all sites at the end of the last whole window.
 
     Attributes:
@@ -100,18 +101,6 @@ class WatchReport:
     inputs: int
     unfollowed: list[str]
 
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __iter__(self) -> Iterator[WatchedSite]:
-        return iter(self.sites)
-
-    def __getitem__(self, name: str) -> WatchedSite:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(f"no site {name!r}; the sites are {', '.join(s.name for s in self.sites)}")
-
     @property
     def dead_fraction(self) -> float:
         """Share of dead units among those of all sites."""
@@ -124,15 +113,7 @@ class WatchReport:
             [site.name, *(f"{int(count):,}" for count in (site.units, *site.tallies()))]
             for site in self.sites
         ]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in [header, *rows]
-        ]
-        lines.insert(1, "-" * (sum(widths) + 6))
+        lines = plain_table([header, *rows])
         first = self.step - self.window + 1
         lines.append(f"Steps {first} to {self.step}, n = {self.inputs:,} inputs.")
         for site in self.sites:
