@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipe_kinds import KINDS
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -22,32 +23,9 @@ from relubook.stacked import (
     keyed_uniform,
 )
 
-RECIPES = {
-    "plain": {},
+RECIPES = KINDS | {
     "narrow": {"widths": 2, "depth": 10},
-    "linear": {"widths": ()},
-    "maxout": {"activation": "maxout", "activation_options": {"pieces": 3}},
-    "prelu": {"activation": "prelu"},
-    "prelu, one slope a unit": {
-        "activation": "prelu",
-        "activation_options": {"num_parameters": 6, "init": 0.1},
-    },
-    "rai": {"initializer": "rai"},
-    "torch": {"initializer": "torch"},
     "constant bias": {"bias": 0.1},
-    "drawn bias": {"bias": (0.0, 0.2)},
-    "no bias": {"bias": False},
-    "batch": {"normalization": "batch"},
-    "layer": {"normalization": "layer"},
-    "dropout": {"dropout": 0.3},
-    **{form: {"residual": form} for form in RESIDUALS[1:]},
-    "all": {
-        "residual": "pre-activation",
-        "normalization": "batch",
-        "dropout": 0.2,
-        "activation": "prelu",
-    },
-    "maxout block": {"residual": "pre-activation", "activation": "maxout"},
 }
 
 

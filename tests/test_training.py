@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
+from recipe_kinds import KINDS
 from torch import nn
 from torch.nn import functional as F
 
 from relubook.activations import activation_names
 from relubook.diagnosis import diagnose
-from relubook.stacked import RESIDUALS, Recipe, keyed_uniform
+from relubook.stacked import Recipe, keyed_uniform
 from relubook.training import (
     OPTIMIZERS,
     batch_order,
@@ -24,35 +25,13 @@ from relubook.training import (
 
 SEEDS = [3, 11, 4]
 
-RECIPES = {
-    "plain": {},
+RECIPES = KINDS | {
     "narrow": {"widths": (2, 2, 2, 2), "inputs": 1, "outputs": 1},
     "narrow, classes": {"widths": (3, 3), "outputs": 4},
-    "linear": {"widths": ()},
     "uneven": {"widths": (9, 4, 17)},
-    "maxout": {"activation": "maxout", "activation_options": {"pieces": 3}},
     "narrow maxout": {"activation": "maxout", "widths": (2, 2), "inputs": 2},
-    "prelu": {"activation": "prelu"},
-    "prelu, one slope a unit": {
-        "activation": "prelu",
-        "activation_options": {"num_parameters": 6, "init": 0.1},
-    },
     "rrelu": {"activation": "rrelu"},
-    "rai": {"initializer": "rai"},
-    "torch": {"initializer": "torch"},
-    "drawn bias": {"bias": (0.0, 0.2)},
-    "no bias": {"bias": False},
     "narrow, no bias": {"bias": False, "widths": (2, 2), "inputs": 2, "outputs": 1},
-    "batch": {"normalization": "batch"},
-    "layer": {"normalization": "layer"},
-    "dropout": {"dropout": 0.3},
-    **{form: {"residual": form} for form in RESIDUALS[1:]},
-    "all": {
-        "residual": "pre-activation",
-        "normalization": "batch",
-        "dropout": 0.2,
-        "activation": "prelu",
-    },
     "narrow, all": {
         "residual": "relu(f+x)",
         "normalization": "layer",
@@ -69,7 +48,6 @@ RECIPES = {
         "outputs": 2,
     },
     "softplus in blocks": {"activation": "softplus", "residual": "relu(f)+x"},
-    "maxout block": {"residual": "pre-activation", "activation": "maxout"},
 }
 
 OPTIMIZER_CASES = {
