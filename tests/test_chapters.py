@@ -163,9 +163,20 @@ def test_anatomy(chapter):
         assert "hide-cell" in tags(cell)
         assert cell.metadata.get("cellView") == "form"
         assert cell.source.startswith("# @title Solution")
-    words = len(re.sub(r"\$[^$]*\$|[|#*>`-]", " ", prose).split())
-    assert 1500 <= words <= 4000
     assert "running_time()" in code_cells(source)[-1].source
+
+
+@each_chapter
+def test_length(chapter):
+    """A chapter is read in one sitting, and a cell at a glance; longer code is the package's."""
+    source = notebooks.read_source(chapter)
+    prose = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
+    no_words = r"\$[^$]*\$|`[^`]*`|\(https?://[^)]*\)"
+    words = len(re.findall(r"[A-Za-z][A-Za-z'’]*", re.sub(no_words, " ", prose)))
+    assert 1800 <= words <= 3500
+    for cell in code_cells(source):
+        if not tags(cell) & {"setup", "solution"} and "claim(" not in cell.source:
+            assert len(cell.source.splitlines()) <= 22, cell.source
 
 
 def test_each_settled_claim_is_checked_once_in_its_chapter():
