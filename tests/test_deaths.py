@@ -10,14 +10,21 @@ from torch.nn import functional as F
 from relubook.deaths import (
     History,
     autopsy,
+    best_rate,
     dates,
     fires,
+    gets_gradient,
     lost_units,
+    member_accuracy,
     member_losses,
+    network_shares,
     outlier_trial,
     plant_dead_,
+    practice,
     pre_activations,
+    rebuilt_variance,
     revived_after,
+    sigmoid_recovery,
     train_on_,
 )
 from relubook.stacked import Recipe
@@ -258,3 +265,85 @@ class TestOutlierTrial:
     def test_kind(self, data):
         with pytest.raises(ValueError, match="'input' or 'target'"):
             outlier_trial(stack(), *data, size=2, kind="label")
+
+
+class TestGradients:
+    def test_a_unit_gets_one_if_and_only_if_it_fires(self, data):
+        network = stack()
+        for moved, fire in zip(
+            gets_gradient(network, data[0][:1], data[1][:1], "mse"),
+            fires(network, data[0][:1]),
+            strict=True,
+        ):
+            assert torch.equal(moved, fire)
+            assert 0 < fire.sum() < fire.numel()
+
+
+class TestShares:
+    def test_networks_without_such_units_are_left_out(self):
+        what = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
+        among = torch.tensor([[True, True, True], [False, False, False], [True, True, False]])
+        torch.testing.assert_close(network_shares(what, among), torch.tensor([2 / 3, 1 / 2]))
+
+
+class TestRebuilding:
+    def test_a_layer_that_copies_keeps_everything(self, data):
+        x = data[0].float()
+        network = Recipe(3, (6,), 1).stack(1)
+        with torch.no_grad():
+            network.linear1.weight.copy_(torch.cat([torch.eye(3), -torch.eye(3)], 1)[None])
+        share, rank = rebuilt_variance(network, x, x)
+        assert share.item() > 0.999
+        assert rank.item() == 6
+        plant_dead_(network, 1.0, layers=[1])
+        share, rank = rebuilt_variance(network, x, x)
+        assert abs(share.item()) < 0.01
+        assert rank.item() == 0
+
+
+class TestPractice:
+    def test_best_rate_beats_its_neighbors(self, data):
+        rates = (1e-4, 0.02, 10.0)
+        recipe = Recipe(3, (8,), 1)
+        assert best_rate(recipe, data, data, rates=rates, seeds=range(3), steps=100) == 0.02
+
+    def test_edge_of_the_grid(self, data):
+        with pytest.raises(ValueError, match="edge of the grid"):
+            best_rate(RECIPE, data, data, rates=(1e-6, 1e-5, 1e-4), seeds=range(2), steps=20)
+
+    def test_practice_trains(self, data):
+        recipe = Recipe(3, (8,), 1)
+        before, after = (
+            member_losses(
+                practice(recipe, *data, seeds=[0], lr=0.02, steps=n)(data[0]), data[1], "mse"
+            )
+            for n in (0, 100)
+        )
+        assert after < before / 2
+
+    def test_accuracy(self):
+        network = Recipe(2, (), 2).stack(1)
+        with torch.no_grad():
+            network.linear1.weight.copy_(torch.eye(2)[None])
+        x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        assert member_accuracy(network, x, torch.tensor([0, 1, 0])).item() == pytest.approx(2 / 3)
+
+
+class TestSigmoidRecovery:
+    def test_against_autograd(self):
+        z = torch.tensor([4.0], dtype=torch.float64, requires_grad=True)
+        sgd = torch.optim.SGD([z], lr=1.0)
+        steps = 0
+        while z.item() > 2:
+            sgd.zero_grad()
+            (torch.sigmoid(z) ** 2 / 2).sum().backward()
+            sgd.step()
+            steps += 1
+        back, moved = sigmoid_recovery([4.0, 2.0], 100, dtype=torch.float64)
+        assert back.tolist() == [steps, 1]
+        assert moved.all()
+
+    def test_too_far_out(self):
+        back, moved = sigmoid_recovery([13.0, 16.0], 10)
+        assert back.tolist() == [-1, -1]
+        assert moved.tolist() == [True, False]

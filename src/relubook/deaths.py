@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relubook.stacked import StackedLinear, StackedNetwork
+from relubook.stacked import Recipe, StackedLinear, StackedNetwork
 from relubook.training import batch_order
 
 __all__ = [
@@ -34,14 +34,21 @@ __all__ = [
     "History",
     "OutlierTrial",
     "autopsy",
+    "best_rate",
     "dates",
     "fires",
+    "gets_gradient",
     "lost_units",
+    "member_accuracy",
     "member_losses",
+    "network_shares",
     "outlier_trial",
     "plant_dead_",
+    "practice",
     "pre_activations",
+    "rebuilt_variance",
     "revived_after",
+    "sigmoid_recovery",
     "train_on_",
 ]
 
@@ -91,6 +98,68 @@ def fires(network: StackedNetwork, x: Tensor) -> list[Tensor]:
         are NaN counts as not firing: ask for diverged members apart.
     """
     return [z.amax(1) > 0 for z in pre_activations(network, x)]
+
+
+def gets_gradient(
+    network: StackedNetwork, x: Tensor, y: Tensor, loss: str = "cross_entropy"
+) -> list[Tensor]:
+    """Say to which units' incoming weights or biases a batch sends a gradient other than 0.
+
+    Args:
+        network: A stack of plain networks.
+        x: The batch's inputs, shape (n, inputs).
+        y: Its labels or targets.
+        loss: See :func:`member_losses`.
+
+    Returns:
+        For each hidden layer truth values of shape (members, width).
+    """
+    layers = [_linear(network, layer) for layer in range(1, network.recipe.hidden + 1)]
+    parameters = [p for linear in layers for p in (linear.weight, linear.bias)]
+    gradients = torch.autograd.grad(member_losses(network(x), y, loss).sum(), parameters)
+    pairs = zip(gradients[::2], gradients[1::2], strict=True)
+    return [(weight != 0).any(1) | (bias != 0) for weight, bias in pairs]
+
+
+def network_shares(what: Tensor, among: Tensor) -> Tensor:
+    """Return, network by network, the share of some units for which something is true.
+
+    Args:
+        what: Truth values of shape (members, width).
+        among: Which units count, (members, width).
+
+    Returns:
+        One share for each network that has any such unit, shape (k,), k <= members.
+
+    Example:
+        >>> network_shares(torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+        tensor([0.5000])
+    """
+    counts = among.sum(1)
+    return ((what & among).sum(1) / counts)[counts > 0]
+
+
+@torch.no_grad()
+def rebuilt_variance(network: StackedNetwork, x: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Ask how much of the inputs a linear map can rebuild from the first hidden layer's outputs.
+
+    Args:
+        network: A stack of plain networks.
+        x: Inputs to fit the map on, by ridge regression, shape (n, inputs).
+        new: Inputs to judge it on, shape (m, inputs).
+
+    Returns:
+        The share of the variance of the new inputs that is rebuilt, (members,), and the rank of
+        the layer's outputs on the first 300 inputs of x, (members,).
+    """
+    act = network.get_submodule("act1")
+    seen, judged = (act(pre_activations(network, v)[0]).double() for v in (x, new))
+    rank = torch.linalg.matrix_rank(seen[:, :300].float()).to(seen.dtype)
+    seen, judged = (torch.cat([h, torch.ones_like(h[..., :1])], 2) for h in (seen, judged))
+    ridge = seen.mT @ seen + 1e-3 * len(x) * torch.eye(seen.shape[2], dtype=seen.dtype)
+    error = judged @ torch.linalg.solve(ridge, seen.mT @ x.double()) - new
+    total = (new - x.mean(0)).double().square().sum()
+    return 1 - error.square().sum((1, 2)) / total, rank
 
 
 @torch.no_grad()
@@ -232,6 +301,114 @@ def train_on_(
             look(step + 1, each.detach())
     layers = [torch.stack(layer) for layer in zip(*kept, strict=True)]
     return History(tuple(marks), layers, torch.stack(losses))
+
+
+def practice(
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seeds: Sequence[int],
+    loss: str = "mse",
+    lr: float = 0.1,
+    steps: int = 300,
+    batch_size: int = 8,
+) -> StackedNetwork:
+    """Build networks and train them by plain SGD.
+
+    Args:
+        recipe: A plain network.
+        x: Inputs, shape (n, inputs).
+        y: Labels or targets.
+        seeds: The members' seeds.
+        loss: See :func:`member_losses`.
+        lr: The rate.
+        steps: Number of steps.
+        batch_size: Examples a step.
+
+    Returns:
+        The trained stack.
+    """
+    network: StackedNetwork = recipe.stack(seeds, dtype=x.dtype)
+    sgd = torch.optim.SGD(network.parameters(), lr=lr)
+    settings: dict[str, Any] = {"loss": loss, "batch_size": batch_size, "watch": x[:1]}
+    train_on_(network, sgd, x, y, steps=steps, every=0, **settings)
+    return network
+
+
+def best_rate(
+    recipe: Recipe,
+    train: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    loss: str = "mse",
+    steps: int = 300,
+    batch_size: int = 8,
+) -> float:
+    """Choose the rate of plain SGD with the least mean loss on data held out.
+
+    Args:
+        recipe: A plain network.
+        train: Inputs and targets to train on.
+        held_out: Inputs and targets to judge on.
+        rates: The grid, rising.
+        seeds: Seeds of the tuning, other than those of the comparison.
+        loss: See :func:`member_losses`.
+        steps: Number of steps.
+        batch_size: Examples a step.
+
+    Returns:
+        The rate. A rate at which a member overflows is out.
+
+    Raises:
+        ValueError: If the best lies at the edge of the grid: extend it.
+    """
+    costs = []
+    for lr in rates:
+        network = practice(
+            recipe, *train, seeds=seeds, loss=loss, lr=lr, steps=steps, batch_size=batch_size
+        )
+        with torch.no_grad():
+            cost = member_losses(network(held_out[0]), held_out[1], loss).mean().item()
+        costs.append(cost if math.isfinite(cost) else math.inf)
+    best = min(range(len(rates)), key=costs.__getitem__)
+    if best in (0, len(rates) - 1):
+        raise ValueError(f"the best rate {rates[best]:g} lies at the edge of the grid; extend it")
+    return rates[best]
+
+
+@torch.no_grad()
+def member_accuracy(network: StackedNetwork, x: Tensor, y: Tensor) -> Tensor:
+    """Return the share of inputs that each member classifies rightly, float64, (members,)."""
+    return (network(x).argmax(2) == y).double().mean(1)
+
+
+def sigmoid_recovery(
+    starts: Any, steps: int, *, rate: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Let saturated sigmoid units with target 0 recover by their biases alone.
+
+    Each unit follows the gradient of half its squared error by plain steps.
+
+    Args:
+        starts: Pre-activations to start from, shape (k,).
+        steps: Number of steps.
+        rate: The rate.
+        dtype: Type of the computation.
+
+    Returns:
+        The step at which each unit is back at 2 or below, -1 for never, and whether it has moved
+        at all, both of shape (k,).
+    """
+    start = torch.as_tensor(starts, dtype=dtype)
+    z, back = start.clone(), torch.full(start.shape, -1)
+    for step in range(1, steps + 1):
+        s = torch.sigmoid(z)
+        z = z - rate * s * ((1 - s) * s)
+        back[(z <= 2) & (back < 0)] = step
+    return back, z != start
 
 
 @dataclass(frozen=True)
