@@ -56,7 +56,7 @@ def interpolation_misses(
 
     Example:
         >>> interpolation_misses(torch.square, 0.0, 1.0, 4)
-        Misses(knots=0.0, between=0.0078125)
+        Misses(knots=0.0, between=0.015625)
     """
     if not low < high:
         raise ValueError(f"need low < high, not {low!r} and {high!r}")

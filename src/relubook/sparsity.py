@@ -4,7 +4,7 @@
 >>> from relubook.stacked import Recipe
 >>> x = torch.linspace(-1, 1, 60)[:, None]
 >>> networks = train_units(
-...     k_winners(2), Recipe(1, 8, 1), x, x.abs(), seeds=3, lr=0.01, steps=20, batch_size=20
+...     k_winners(2), Recipe(1, (8,), 1), x, x.abs(), seeds=3, lr=0.01, steps=20, batch_size=20
 ... )
 >>> bool(((networks.hidden(x) > 0).sum(2) <= 2).all())
 True
