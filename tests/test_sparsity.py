@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from relubook import sparsity
 from relubook.data import dataset
 from relubook.sparsity import (
     UnitNetworks,
@@ -248,6 +249,22 @@ def test_tuning_takes_the_best_rate_and_trains_anew():
     assert tuned.lr == rates[torch.stack(scores).argmax()]
     again = train_units(torch.relu, RECIPE, X, targets, seeds=2, lr=tuned.lr, **setting)
     assert torch.equal(tuned.network.parameter_vectors(), again.network.parameter_vectors())
+
+
+def test_tuning_seeds_choose_and_the_others_are_kept(monkeypatch):
+    calls = []
+
+    def spy(*args, seeds, lr, **settings):
+        calls.append((tuple(seeds), lr))
+        return train_units(*args, seeds=seeds, lr=lr, **settings)
+
+    monkeypatch.setattr(sparsity, "train_units", spy)
+    rates = (1e-6, 0.02, 1e3)
+    tune_units(
+        torch.relu, RECIPE, X, X[:, :3].abs(), rates,
+        validation=(X, X[:, :3].abs()), tuning_seeds=[7, 8], seeds=2, steps=20, batch_size=10,
+    )  # fmt: skip
+    assert calls == [((7, 8), lr) for lr in rates] + [((0, 1), 0.02)]
 
 
 def test_bad_tuning_is_named():
