@@ -234,7 +234,7 @@ def dead_share(run: TrainingRun, at: int = -1) -> Tensor:
 def test_accuracy(network: StackedNetwork, split: Split) -> Tensor:
     """Return the share of a split that each member classifies rightly, shape (M,).
 
-    A network with non-finite outputs names the same class for every input, and so guesses.
+    Non-finite outputs count as class 0, which is a guess.
     """
     network.eval()
     with torch.no_grad():
