@@ -14,6 +14,13 @@ UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
 UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
 
 
+def skip_tuple_fields(
+    app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out the fields of named tuples, which the class's docstring describes already."""
+    return True if type(member).__name__ == "_tuplegetter" else None
+
+
 def exclude_text_twins(app: Sphinx, config: Any) -> None:
     """Keep the text side of every pair out of the build, which takes the executed side."""
     root = Path(app.srcdir)
@@ -92,6 +99,7 @@ class SourceNotes(SphinxDirective):
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.connect("config-inited", exclude_text_twins)
+    app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("html-page-context", lighten_page, priority=900)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)

@@ -51,7 +51,7 @@ class Slopes(NamedTuple):
 
     @property
     def least(self) -> float:
-        """The number of least absolute value between the two slopes: torch's documented rule."""
+        """The number of least absolute value between the two slopes, as torch documents."""
         least = min(self.left, self.right, key=abs)
         return 0.0 if self.left * self.right <= 0 else least
 

@@ -1,7 +1,7 @@
 """Dead units over the learning rate, the optimizer, the depth, and the scale of the targets.
 
-What the chapter on the learning rate measures with. Two maps are stored: :func:`optimizer_map`
-(digits, five optimizers, from safe to useless rates) and :func:`target_scale` (regression with
+What the chapter on the learning rate measures with. Two maps are stored: ``optimizer-map``
+(digits, five optimizers, from safe to useless rates) and ``target-scale`` (regression with
 targets of smaller and smaller spread, a single ReLU beside a network).
 """
 
@@ -70,7 +70,7 @@ def train_digits(
 
     Args:
         seeds: One a network.
-        optimizer: A key of :data:`MAP_OPTIMIZERS`.
+        optimizer: A key of ``MAP_OPTIMIZERS``.
         lr: Learning rate, or one a network.
         depth: Number of linear maps; ``depth - 1`` hidden layers.
         width: Units of a hidden layer.
@@ -135,7 +135,7 @@ def train_diabetes(
 
     Args:
         seeds: One a network.
-        optimizer: A key of :data:`MAP_OPTIMIZERS`.
+        optimizer: A key of ``MAP_OPTIMIZERS``.
         lr: Learning rate, or one a network.
         target_sd: Standard deviation of the targets.
         target_mean: Their mean.
@@ -183,7 +183,7 @@ def train_single_relu(
 
     Args:
         seeds: One a unit; w starts with He's normal draw, b at 0.
-        optimizer: A key of :data:`MAP_OPTIMIZERS`.
+        optimizer: A key of ``MAP_OPTIMIZERS``.
         lr: Learning rate, or one a unit.
         target_sd: Standard deviation of the targets.
         target_mean: Added to every target.
