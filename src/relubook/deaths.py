@@ -168,7 +168,7 @@ def lost_units(network: StackedNetwork, x: Tensor) -> list[Tensor]:
 
     For ReLU these are the dead units; for sigmoid and tanh those that are saturated so far, to
     either side, that the derivative rounds to 0. It is the same test for all: no gradient from
-    these inputs reaches the unit's weights.
+    these inputs reaches the unit's weights. A unit with NaN pre-activations does not count as lost.
 
     Args:
         network: A stack of plain networks.
@@ -228,7 +228,7 @@ class History:
     Attributes:
         steps: Steps at which was looked, R of them, 0 being the start.
         fires: For each hidden layer which units fire on the watched inputs, (R, M, width).
-        loss: On the watched inputs' last training batch, (R, M); NaN at step 0.
+        loss: Mean loss on that step's batch, before the step, (R, M); NaN at step 0.
     """
 
     steps: tuple[int, ...]
