@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relubook.activations import activation
-from relubook.timing import interleaved_seconds, ratio_interval
+from relubook.evidence.timing import interleaved_seconds, ratio_interval
+from relubook.layers.activations import activation
 
 NUMBERS = 10_000
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relubook.stacked import Recipe
-from relubook.training import batch_order, train_many
+from relubook.training.stack import Recipe
+from relubook.training.train import batch_order, train_many
 
 BATCH, EXAMPLES, RATE = 128, 1024, 1e-3
 HERE = Path(__file__).parent

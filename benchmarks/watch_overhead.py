@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relubook.diagnosis import diagnose
-from relubook.watch import Watch
+from relubook.units.diagnosis import diagnose
+from relubook.units.watch import Watch
 
 
 class Block(nn.Module):

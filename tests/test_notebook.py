@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from relubook import notebook
+from relubook import book as notebook
 
 
 @pytest.fixture(autouse=True)

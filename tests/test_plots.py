@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from matplotlib import colors
 from matplotlib import pyplot as plt
 
-from relubook import plots
+from relubook import book as plots
 
 
 @pytest.fixture(autouse=True)

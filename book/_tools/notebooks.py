@@ -24,8 +24,8 @@ from jupytext.combine import combine_inputs_with_outputs
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from relubook.claims import ledger
-from relubook.fingerprint import imported_modules, sources_digest
+from relubook.evidence.claims import ledger
+from relubook.evidence.fingerprint import imported_modules, sources_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"

@@ -8,7 +8,7 @@ from notebooks import chapters
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from relubook.claims import ledger, source_notes
+from relubook.evidence.claims import ledger, source_notes
 
 UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
 UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
@@ -50,10 +50,10 @@ class ClaimsTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return one section's worth of tables."""
         self.env.note_dependency(str(Path(__file__)))
-        for name in ("claims.toml", "verdicts.json", "claims.py"):
+        for name in ("evidence/claims.toml", "evidence/verdicts.json", "evidence/claims.py"):
             import relubook
 
-            self.env.note_dependency(str(Path(relubook.__file__).with_name(name)))
+            self.env.note_dependency(str(Path(relubook.__file__).parent / name))
         lines: list[str] = []
         by_chapter: dict[str, list[dict[str, Any]]] = {}
         for row in ledger():

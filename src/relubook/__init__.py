@@ -10,19 +10,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Activation": "activations",
-    "Maxout": "maxout",
-    "Recipe": "stacked",
-    "Report": "diagnosis",
-    "Watch": "watch",
-    "activation": "activations",
-    "activation_names": "activations",
-    "certify_dead": "certificate",
-    "claim": "claims",
-    "diagnose": "diagnosis",
-    "revive_": "revival",
-    "setup": "notebook",
-    "train_many": "training",
+    "Activation": "layers.activations",
+    "Maxout": "layers.maxout",
+    "Recipe": "training.stack",
+    "Report": "units.diagnosis",
+    "Watch": "units.watch",
+    "activation": "layers.activations",
+    "activation_names": "layers.activations",
+    "certify_dead": "units.certificate",
+    "claim": "evidence.claims",
+    "diagnose": "units.diagnosis",
+    "revive_": "units.revival",
+    "setup": "book",
+    "train_many": "training.train",
 }
 
 __all__ = sorted(_HOME)

@@ -1,0 +1,1 @@
+"""What several cells of one chapter need. Nobody imports it."""

@@ -1,0 +1,330 @@
+"""Dead before the first step: how likely a random network is born constant, and what comes of it.
+
+A network of depth L has L - 1 ReLU layers and one linear map behind them. It is *born dead* on a
+set of inputs when one of its layers is silent on all of them at initialization: it is then a
+constant there. Without biases, one input feature and symmetric weights the set that counts is any
+that holds a positive and a negative number: on each of the two half-lines the network is a multiple
+of the input.
+
+>>> round(upper_bound(2, 10), 3), round(lower_bound(2, 10), 3)
+(0.925, 0.87)
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relubook._optional import require
+from relubook.evidence.data import target
+from relubook.evidence.results import computation
+from relubook.training.stack import Recipe, StackedNetwork
+from relubook.training.train import train_many
+
+__all__ = [
+    "BLOCK",
+    "CASES",
+    "DEPTHS",
+    "WIDTHS",
+    "born_dead",
+    "collapse",
+    "death_layers",
+    "lower_bound",
+    "two_wide",
+    "unit_states",
+    "upper_bound",
+    "width_needed",
+]
+
+WIDTHS = tuple(range(2, 11))
+"""Widths of the stored table."""
+
+DEPTHS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50)
+"""Depths of the stored table."""
+
+BLOCK = 1000
+"""Networks behind one seed of the stored table."""
+
+
+def _sizes(width: int, depth: int) -> None:
+    if width < 1 or depth < 2:
+        raise ValueError(f"need width >= 1 and depth >= 2, not {width} and {depth}")
+
+
+def upper_bound(width: int, depth: int) -> float:
+    """Return the probability that one given input is silenced: a bound on being born dead.
+
+    For one input other than 0 (one ray, if there are no biases) it is the exact probability,
+    whatever the number of input features.
+
+    Args:
+        width: Units of each hidden layer, N.
+        depth: Number of linear maps, L: there are L - 1 ReLU layers.
+
+    Returns:
+        ``1 - (1 - 2^-N)^(L - 1)``.
+
+    Raises:
+        ValueError: If ``width`` is below 1 or ``depth`` below 2.
+
+    Source:
+        Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
+    """
+    _sizes(width, depth)
+    return -math.expm1((depth - 1) * math.log1p(-(2.0**-width)))
+
+
+def lower_bound(width: int, depth: int) -> float:
+    """Return a lower bound of the probability of being born dead: one input feature, no biases.
+
+    Exact for depths 2 and 3, and for width 1. It holds for weights that are independent, symmetric
+    and continuous.
+
+    Args:
+        width: Units of each hidden layer, N.
+        depth: Number of linear maps, L.
+
+    Returns:
+        ``1 - 2 a^m + s_m`` with ``q = 2^-N``, ``a = 1 - q``, ``m = L - 1`` and the least
+        probability ``s_m`` that both half-lines are alive behind m layers.
+
+    Raises:
+        ValueError: If ``width`` is below 1 or ``depth`` below 2.
+
+    Source:
+        Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
+    """
+    _sizes(width, depth)
+    q = 2.0**-width
+    a, b, steps = 1 - q, 1 - 2 * q - (width - 1) * q * q, depth - 2
+    # From two half-lines with nothing in common (open) to two in one direction (merged).
+    share = (1 - 2 * q) * (1 - q) / (1 + (width - 1) * q)
+    both = share * b**steps + (1 - 2 * q - share) * a**steps
+    return max(0.0, 1 - 2 * a ** (depth - 1) + both)
+
+
+def width_needed(depth: int, probability: float = 0.01, *, bound: str = "upper") -> int:
+    """Return the smallest width at which a bound allows no more than a probability.
+
+    Args:
+        depth: Number of linear maps, at least 2.
+        probability: Largest probability of being born dead, in (0, 1).
+        bound: ``"upper"``: that width is enough, for any inputs. ``"lower"``: no smaller one is
+            enough for one input feature without biases.
+
+    Returns:
+        The width.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if bound not in ("upper", "lower"):
+        raise ValueError(f"bound must be 'upper' or 'lower', not {bound!r}")
+    if not 0 < probability < 1:
+        raise ValueError(f"probability must lie strictly between 0 and 1, not {probability!r}")
+    function = upper_bound if bound == "upper" else lower_bound
+    width = 1
+    while function(width, depth) > probability:
+        width += 1
+    return width
+
+
+def two_wide(depths: Sequence[int], *, nodes: int = 129, points: int = 24) -> Tensor:
+    """Return the probability of being born dead for width 2, normal weights, one input, no biases.
+
+    What the two half-lines send into a layer are two vectors, and for normal weights all that
+    matters of them is the angle between them: it is a Markov chain, whose transitions for two
+    units are integrals over three variables. They are computed by Gauss-Legendre quadrature.
+
+    Args:
+        depths: Numbers of linear maps, each at least 2.
+        nodes: Grid points of the angle.
+        points: Quadrature points of each variable.
+
+    Returns:
+        Probabilities, shape (depths,), float64, with an error of about 1e-4 or less.
+
+    Raises:
+        ValueError: If a depth is below 2.
+    """
+    np: Any = require("numpy", "quadrature")
+    for depth in depths:
+        _sizes(2, depth)
+    x, w = np.polynomial.legendre.leggauss(points)
+    x, w = torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
+    grid = torch.linspace(0, math.pi / 2, nodes, dtype=torch.float64)
+    one, two, ratio = (part.flatten() for part in torch.meshgrid(x, x, x, indexing="ij"))
+    weight = (w[:, None, None] * w[:, None] * w).flatten()
+    ratio = (ratio / (1 - ratio)).sqrt()
+    kernel = torch.zeros(nodes, nodes, dtype=torch.float64)
+    merged = torch.zeros(nodes, dtype=torch.float64)
+
+    def add(row: int, share: float, angle: Tensor) -> None:
+        place = (angle * (2 / math.pi) * (nodes - 1)).clamp(0, nodes - 1)
+        left = place.floor().long().clamp(max=nodes - 2)
+        part = place - left
+        kernel[row].index_add_(0, left, share * weight * (1 - part))
+        kernel[row].index_add_(0, left + 1, share * weight * part)
+
+    for row, theta in enumerate(grid.tolist()):
+        same, apart = 0.5 - theta / (2 * math.pi), theta / (2 * math.pi)
+        # The direction of a unit's weights in the plane of the two vectors, given what it does.
+        fires_on_both = theta - math.pi / 2 + (math.pi - theta) * torch.stack([one, two])
+        fires_on_first = -math.pi / 2 + theta * two
+        first = ratio * fires_on_both[1].cos() / fires_on_both[0].cos()
+        second = ratio * (fires_on_both[1] - theta).cos() / (fires_on_both[0] - theta).cos()
+        add(row, same**2, (first.atan() - second.atan()).abs())
+        third = ratio * fires_on_first.cos() / fires_on_both[0].cos()
+        add(row, 4 * same * apart, third.atan())
+        kernel[row, -1] += 2 * apart**2
+        merged[row] = 2 * same**2
+    both = [torch.ones(nodes, dtype=torch.float64)]
+    for step in range(max(depths) - 2):
+        both.append(kernel @ both[-1] + merged * 0.75**step)
+    # The first layer's two images have no unit in common; both are alive in half of all networks.
+    alive = torch.stack([0.5 * both[depth - 2][-1] for depth in depths])
+    one_ray = 0.75 ** (torch.tensor(list(depths), dtype=torch.float64) - 1)
+    return 1 - 2 * one_ray + alive
+
+
+def death_layers(
+    x: Tensor,
+    width: int,
+    layers: int,
+    networks: int,
+    *,
+    bias: float = 0.0,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Draw networks layer by layer and note where they die on a set of inputs.
+
+    Weights are normal with He's variance 2 / fan_in.
+
+    Args:
+        x: Inputs, shape (n, features).
+        width: Units of each layer.
+        layers: Number of ReLU layers, L - 1.
+        networks: How many to draw.
+        bias: Standard deviation of the biases in units of that of the layer's weights.
+        generator: Source of randomness.
+
+    Returns:
+        For each network the first layer, from 1, that is silent on all inputs (the network is
+        born dead there for every depth beyond), 0 for none; shape (networks,), int64. And the
+        same for each input alone, shape (networks, n): the first layer in which all units are
+        silent on it.
+
+    Raises:
+        ValueError: If a size is below 1.
+    """
+    if min(width, layers, networks, len(x)) < 1:
+        raise ValueError(
+            f"need width, layers, networks and inputs >= 1, not {width}, {layers}, {networks} "
+            f"and {len(x)}"
+        )
+    h = x.double().expand(networks, *x.shape)
+    first = torch.zeros(networks, dtype=torch.int64)
+    each = torch.zeros(networks, len(x), dtype=torch.int64)
+    for layer in range(1, layers + 1):
+        fan_in = h.shape[-1]
+        scale = math.sqrt(2 / fan_in)
+        z = h @ (scale * torch.randn(networks, fan_in, width, generator=generator).double())
+        if bias:
+            z = z + bias * scale * torch.randn(networks, 1, width, generator=generator).double()
+        h = z.relu()
+        silent = h.amax(2) == 0
+        each[(each == 0) & silent] = layer
+        first[(first == 0) & silent.all(1)] = layer
+        if not bias:
+            # The scale of what passes has no influence; kept near 1 it cannot underflow.
+            largest = h.amax((1, 2), keepdim=True)
+            h = h / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return first, each
+
+
+def unit_states(network: StackedNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of dead and of always-on units of a stack of plain ReLU networks.
+
+    Args:
+        network: From ``recipe.stack(seeds)``, with ``activation="relu"``, without normalization
+            or skip connections.
+        x: Inputs, shape (n, features).
+
+    Returns:
+        Share of each hidden layer's units that are silent on all n inputs, and share that fire on
+        all of them, each (members, layers). NaN where a layer's pre-activations are not finite.
+
+    Raises:
+        ValueError: If the network is of another kind.
+    """
+    recipe = network.recipe
+    if (recipe.activation, recipe.normalization, recipe.residual) != ("relu", "none", "none"):
+        raise ValueError("unit_states wants plain ReLU networks without normalization")
+    dead: list[Tensor] = []
+    on: list[Tensor] = []
+    with torch.no_grad():
+        h = x
+        for layer in range(1, recipe.hidden + 1):
+            z = getattr(network, f"linear{layer}")(h)
+            h = z.relu()
+            lost = ~z.flatten(1).isfinite().all(1)
+            for shares, state in ((dead, h.amax(1) == 0), (on, h.amin(1) > 0)):
+                share = state.to(x.dtype).mean(1)
+                share[lost] = math.nan
+                shares.append(share)
+    return torch.stack(dead, 1), torch.stack(on, 1)
+
+
+@computation("born-dead", grid={"width": list(WIDTHS)}, seeds=40)
+def born_dead(seeds: Sequence[int], *, width: int) -> Mapping[str, list[int]]:
+    """Count networks born dead by depth: a seed stands for a block of :data:`BLOCK` networks.
+
+    One input feature, no biases, normal weights, inputs -1 and 1. ``both L`` counts the networks
+    of depth L that are dead on both half-lines, ``ray L`` those that are silent on 1.
+    """
+    inputs = torch.tensor([[1.0], [-1.0]])
+    counts: dict[str, list[int]] = {
+        f"{name} {depth}": [] for name in ("both", "ray") for depth in DEPTHS
+    }
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(100 * seed + width)
+        first, each = death_layers(inputs, width, DEPTHS[-1] - 1, BLOCK, generator=generator)
+        for name, layer in (("both", first), ("ray", each[:, 0])):
+            for depth in DEPTHS:
+                counts[f"{name} {depth}"].append(int(((layer > 0) & (layer < depth)).sum()))
+    return counts
+
+
+CASES: Mapping[str, tuple[str, int, int]] = MappingProxyType(
+    {
+        "|x|": ("absolute", 2, 10),
+        "x sin 5x": ("x_sine", 2, 10),
+        "step + sine": ("step_sine", 2, 10),
+        "pair": ("absolute_pair", 2, 10),
+        "pair, width 4": ("absolute_pair", 4, 10),
+        "pair, width 4, depth 20": ("absolute_pair", 4, 20),
+    }
+)
+"""Target, width and depth of each case of :func:`collapse`."""
+
+
+@computation("collapse", grid={"case": list(CASES), "lr": [0.001, 0.01]}, seeds=500)
+def collapse(seeds: Iterable[int], *, case: str, lr: float) -> Mapping[str, list[float]]:
+    """Train deep, narrow networks from He's normal draw with zero biases; see what collapses.
+
+    1000 inputs drawn uniformly with variance 1, squared error, Adam, batches of 64, 2000 steps.
+    ``born``: a layer is dead on the inputs at the start. ``collapsed``: one is at the end.
+    """
+    name, width, depth = CASES[case]
+    wanted = target(name)
+    data = wanted.sample(1000, generator=torch.Generator().manual_seed(0))
+    run = train_many(
+        Recipe(wanted.inputs, width, wanted.outputs, depth=depth), data.x, data.y,
+        seeds=seeds, steps=2000, lr=lr, batch_size=64, record=[], chunk=250,
+    )  # fmt: skip
+    constant = (run.dead == 1).any(2).double()
+    constant[-1][run.diverged >= 0] = math.nan
+    return {"born": constant[0].tolist(), "collapsed": constant[-1].tolist()}

@@ -1,0 +1,307 @@
+"""Dead units over the learning rate, the optimizer, the depth, and the scale of the targets.
+
+What the chapter on the learning rate measures with. Two maps are stored: ``optimizer-map``
+(digits, five optimizers, from safe to useless rates) and ``target-scale`` (regression with
+targets of smaller and smaller spread, a single ReLU beside a network).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relubook.evidence.data import Split, dataset
+from relubook.evidence.results import computation
+from relubook.training.stack import Recipe, StackedNetwork
+from relubook.training.train import TrainingRun, train_many
+
+__all__ = [
+    "MAP_OPTIMIZERS",
+    "MAP_RATES",
+    "dead_share",
+    "matched_rate",
+    "optimizer_map",
+    "target_scale",
+    "test_accuracy",
+    "train_diabetes",
+    "train_digits",
+    "train_single_relu",
+]
+
+MAP_OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "SGD": ("sgd", {}),
+        "momentum": ("sgd", {"momentum": 0.9}),
+        "Nesterov": ("sgd", {"momentum": 0.9, "nesterov": True}),
+        "Adam": ("adam", {}),
+        "RMSprop": ("rmsprop", {}),
+    }
+)
+"""The optimizers of the map: name and options for :func:`relubook.training.train.train_many`."""
+
+MAP_RATES = (
+    0.00032, 0.00056, 0.001, 0.0018, 0.0032, 0.0056, 0.01, 0.018, 0.032, 0.056,
+    0.1, 0.18, 0.32, 0.56, 1.0, 1.8, 3.2, 5.6, 10.0,
+)  # fmt: skip
+"""Four learning rates a decade, so that ten times a rate is a rate again."""
+
+
+def _optimizer(name: str) -> tuple[str, Mapping[str, Any]]:
+    if name not in MAP_OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(MAP_OPTIMIZERS)}")
+    return MAP_OPTIMIZERS[name]
+
+
+def train_digits(
+    seeds: Sequence[int],
+    *,
+    optimizer: str,
+    lr: float | Sequence[float],
+    depth: int = 3,
+    width: int = 32,
+    steps: int = 300,
+    batch_size: int | None = 64,
+    **settings: Any,
+) -> TrainingRun:
+    """Train networks on the digits in the map's setting: He's draw, zero biases, cross-entropy.
+
+    Args:
+        seeds: One a network.
+        optimizer: A key of ``MAP_OPTIMIZERS``.
+        lr: Learning rate, or one a network.
+        depth: Number of linear maps; ``depth - 1`` hidden layers.
+        width: Units of a hidden layer.
+        steps: Optimizer steps; 300 are 18 passes over the 1078 training digits.
+        batch_size: Examples a step.
+        **settings: Passed on to :func:`relubook.training.train.train_many`, such as ``warmup=100``,
+            ``schedule="cosine"``, ``clip=1.0`` or ``record=10``.
+
+    Returns:
+        The run; its validation set is that of the digits.
+
+    Raises:
+        ValueError: If there is no such optimizer.
+    """
+    name, options = _optimizer(optimizer)
+    digits = dataset("digits")
+    recipe = Recipe(digits.features, width, digits.classes, depth=depth)
+    return train_many(
+        recipe, digits.train.x, digits.train.y, seeds=seeds, lr=lr, steps=steps,
+        optimizer=name, batch_size=batch_size,
+        validation=(digits.validation.x, digits.validation.y), **dict(options), **settings,
+    )  # fmt: skip
+
+
+def matched_rate(optimizer: str, rate: float) -> float:
+    """Return the learning rate that matches an effective rate.
+
+    A constant gradient g moves SGD by ``lr g`` a step, and momentum m, in the long run, by
+    ``lr g / (1 - m)``. Adam's step hardly depends on the size of the gradient, so that nothing
+    matches exactly; it gets the same factor as momentum 0.9.
+
+    Args:
+        optimizer: ``"SGD"``, ``"momentum"``, ``"Nesterov"`` or ``"Adam"``.
+        rate: The effective rate.
+
+    Returns:
+        ``rate`` for SGD, a tenth of it for the others.
+
+    Raises:
+        ValueError: If there is no such optimizer, or no match for it.
+    """
+    _optimizer(optimizer)
+    if optimizer == "RMSprop":
+        raise ValueError("RMSprop has no matched rate")
+    return rate if optimizer == "SGD" else rate / 10
+
+
+def train_diabetes(
+    seeds: Sequence[int],
+    *,
+    optimizer: str,
+    lr: float | Sequence[float],
+    target_sd: float = 1.0,
+    target_mean: float = 0.0,
+    depth: int = 3,
+    width: int = 32,
+    steps: int = 300,
+    batch_size: int | None = 32,
+    **settings: Any,
+) -> TrainingRun:
+    """Train networks to predict the progress of diabetes, by squared error.
+
+    Args:
+        seeds: One a network.
+        optimizer: A key of ``MAP_OPTIMIZERS``.
+        lr: Learning rate, or one a network.
+        target_sd: Standard deviation of the targets.
+        target_mean: Their mean.
+        depth: Number of linear maps.
+        width: Units of a hidden layer.
+        steps: Optimizer steps; 300 are 36 passes over the 265 training patients.
+        batch_size: Examples a step.
+        **settings: Passed on to :func:`relubook.training.train.train_many`.
+
+    Returns:
+        The run, without a validation set.
+
+    Raises:
+        ValueError: If there is no such optimizer.
+    """
+    name, options = _optimizer(optimizer)
+    train = dataset("diabetes").train
+    recipe = Recipe(train.x.shape[1], width, 1, depth=depth)
+    return train_many(
+        recipe, train.x, target_mean + target_sd * train.y, seeds=seeds, lr=lr, steps=steps,
+        optimizer=name, batch_size=batch_size, **dict(options), **settings,
+    )  # fmt: skip
+
+
+def _rectified_error(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs.relu() - y).square().flatten(1).mean(1)
+
+
+def train_single_relu(
+    seeds: Sequence[int],
+    *,
+    optimizer: str,
+    lr: float | Sequence[float],
+    target_sd: float = 1.0,
+    target_mean: float = 0.0,
+    inputs: int = 10,
+    n: int = 256,
+    steps: int = 1000,
+    **settings: Any,
+) -> tuple[TrainingRun, Tensor]:
+    """Train single ReLUs ``relu(w x + b)`` to copy another one, by squared error, full batch.
+
+    Inputs are standard normal. The target is a ReLU with random weights and no bias, scaled to
+    the standard deviation ``target_sd``, plus ``target_mean``. Every seed has its own data.
+
+    Args:
+        seeds: One a unit; w starts with He's normal draw, b at 0.
+        optimizer: A key of ``MAP_OPTIMIZERS``.
+        lr: Learning rate, or one a unit.
+        target_sd: Standard deviation of the targets.
+        target_mean: Added to every target.
+        inputs: Number of input features.
+        n: Number of examples.
+        steps: Optimizer steps.
+        **settings: Passed on to :func:`relubook.training.train.train_many`.
+
+    Returns:
+        The run, whose recipe is the linear map in front of the rectifier; and whether each unit
+        is silent on all its n inputs at the end, shape (M,), bool.
+
+    Raises:
+        ValueError: If there is no such optimizer.
+    """
+    name, options = _optimizer(optimizer)
+    xs, ys = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, inputs, generator=generator)
+        y = (x @ torch.randn(inputs, 1, generator=generator)).relu()
+        xs.append(x)
+        ys.append(target_mean + target_sd * y / y.std())
+    x, y = torch.stack(xs), torch.stack(ys)
+    run = train_many(
+        Recipe(inputs, (), 1), x, y, seeds=seeds, lr=lr, steps=steps, optimizer=name,
+        loss=_rectified_error, **dict(options), **settings,
+    )  # fmt: skip
+    with torch.no_grad():
+        dead = (run.network(x) <= 0).flatten(1).all(1)
+    return run, dead
+
+
+def dead_share(run: TrainingRun, at: int = -1) -> Tensor:
+    """Return each network's share of dead units among all hidden units.
+
+    Args:
+        run: A run over networks whose hidden layers may differ in width.
+        at: Index of the measurement; the last by default.
+
+    Returns:
+        Shape (M,); NaN for a network with non-finite loss or parameters.
+    """
+    widths = run.dead.new_tensor(run.recipe.hidden_widths)
+    return (run.dead[at] * widths).sum(-1) / widths.sum()
+
+
+def test_accuracy(network: StackedNetwork, split: Split) -> Tensor:
+    """Return the share of a split that each member classifies rightly, shape (M,).
+
+    Non-finite outputs count as class 0, which is a guess.
+    """
+    network.eval()
+    with torch.no_grad():
+        named = network(split.x).nan_to_num(0.0, 0.0, 0.0).argmax(-1)
+    return (named == split.y).to(torch.float64).mean(-1)
+
+
+test_accuracy.__test__ = False  # type: ignore[attr-defined]
+
+
+@computation(
+    "optimizer-map",
+    grid={"optimizer": list(MAP_OPTIMIZERS), "depth": [3, 10], "lr": list(MAP_RATES)},
+    seeds=50,
+)
+def optimizer_map(
+    seeds: Sequence[int], *, optimizer: str, depth: int, lr: float
+) -> Mapping[str, Any]:
+    """Train networks of 32 units a layer on the digits and return what became of each.
+
+    Returns:
+        By seed the dead share of all hidden units (``dead``; NaN once non-finite), accuracy on
+        the validation and the test set, the training loss at the start and at the end, whether
+        the network is non-finite (``diverged``), and whether a hidden layer is wholly dead
+        (``constant``).
+    """
+    run = train_digits(seeds, optimizer=optimizer, lr=lr, depth=depth, record=[])
+    digits = dataset("digits")
+    return {
+        "dead": dead_share(run),
+        "validation": test_accuracy(run.network, digits.validation),
+        "accuracy": test_accuracy(run.network, digits.test),
+        "start": run.loss[0],
+        "loss": run.loss[-1],
+        "diverged": run.diverged >= 0,
+        "constant": (run.dead[-1] == 1).any(-1),
+    }
+
+
+@computation(
+    "target-scale",
+    grid={
+        "model": ["single", "network"],
+        "optimizer": ["SGD", "momentum", "Adam"],
+        "rate": [0.01, 0.03, 0.1, 0.3, 1.0],
+        "sd": [1.0, 0.1, 0.01, 0.001],
+        "mean": [0.0, 1.0],
+    },
+    seeds=60,
+)
+def target_scale(
+    seeds: Sequence[int], *, model: str, optimizer: str, rate: float, sd: float, mean: float
+) -> Mapping[str, Any]:
+    """Train single ReLUs or networks on targets of a given scale at matched effective rates.
+
+    Returns:
+        By seed the dead share of the hidden units, or whether the single unit is dead (``dead``;
+        NaN once non-finite), the last training loss in units of the targets' variance
+        (``error``), and whether the network is non-finite (``diverged``).
+    """
+    settings: dict[str, Any] = {"optimizer": optimizer, "lr": matched_rate(optimizer, rate)}
+    settings |= {"target_sd": sd, "target_mean": mean, "record": []}
+    if model == "single":
+        run, silent = train_single_relu(seeds, **settings)
+        dead = silent.to(torch.float64)
+        dead[run.diverged >= 0] = math.nan
+    else:
+        run = train_diabetes(seeds, **settings)
+        dead = dead_share(run)
+    return {"dead": dead, "error": run.loss[-1] / sd**2, "diverged": run.diverged >= 0}

@@ -1,0 +1,1 @@
+"""Claims, intervals, data and stored results: what a verdict rests on."""

@@ -1,0 +1,547 @@
+"""The ledger: what the notes claim, each claim's test, and the verdict that the build re-checks.
+
+A chapter states a claim, declares its tests, measures, and ends with one cell::
+
+    claim("cheap").check(
+        part("elementwise", "sigmoid takes at least twice as long", ratio, at_least(2.0)),
+        part("whole step", "so does a training step", step_ratio, at_least(2.0)),
+        depends_on="what is timed: the function alone, or a training step",
+    )
+
+``python -m relubook.evidence.claims`` prints the ledger, with ``--json`` for programs.
+"""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import html
+import json
+import math
+import os
+import tempfile
+import tomllib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from relubook.evidence.statistics import Estimate
+
+__all__ = [
+    "Claim",
+    "Criterion",
+    "LedgerMismatchError",
+    "Part",
+    "Verdict",
+    "at_least",
+    "at_most",
+    "between",
+    "claim",
+    "claim_ids",
+    "equals",
+    "holds",
+    "ledger",
+    "part",
+]
+
+VERDICTS = ("confirmed", "refuted", "depends", "undecided", "cited")
+LEAST_SAMPLES = 30
+MODES = ("check", "record", "notice")
+
+_DATA = Path(__file__).with_name("claims.toml")
+_RECORD = Path(__file__).with_name("verdicts.json")
+_MARKS = {"confirmed": "✓", "refuted": "✗", "depends": "±", "undecided": "?", "cited": "❝"}
+_COLORS = {
+    "confirmed": "#0072B2",
+    "refuted": "#D55E00",
+    "depends": "#CC79A7",
+    "undecided": "#999999",
+    "cited": "#999999",
+}
+
+Measured = Estimate | float | int | bool
+
+
+class LedgerMismatchError(AssertionError):
+    """A measured verdict differs from the recorded one."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A test declared before the run: a range, with both ends included.
+
+    Attributes:
+        low: Smallest value that passes.
+        high: Largest value that passes.
+        wording: How the card words it.
+    """
+
+    low: float
+    high: float
+    wording: str
+
+    def judge(self, measured: Measured) -> str:
+        """Return ``"confirmed"``, ``"refuted"`` or ``"undecided"``.
+
+        An :class:`~relubook.evidence.statistics.Estimate` passes when its whole interval lies inside the
+        range, fails when its whole interval lies outside on one side, and settles nothing
+        otherwise. An exact number passes or fails.
+
+        Raises:
+            ValueError: If the measured value is not finite: NaN is no evidence.
+        """
+        if isinstance(measured, Estimate):
+            low, high = measured.low, measured.high
+        else:
+            low = high = float(measured)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"a test needs finite evidence, not [{low}, {high}]")
+        if self.low <= low and high <= self.high:
+            return "confirmed"
+        if high < self.low or low > self.high:
+            return "refuted"
+        return "undecided"
+
+
+def _finite(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, not {value!r}")
+
+
+def at_least(threshold: float) -> Criterion:
+    """Test that a quantity is ``threshold`` or more."""
+    _finite(threshold=threshold)
+    return Criterion(threshold, math.inf, f"at least {threshold:g}")
+
+
+def at_most(threshold: float) -> Criterion:
+    """Test that a quantity is ``threshold`` or less."""
+    _finite(threshold=threshold)
+    return Criterion(-math.inf, threshold, f"at most {threshold:g}")
+
+
+def between(low: float, high: float) -> Criterion:
+    """Test that a quantity lies in ``[low, high]``: an equivalence test when given an interval."""
+    _finite(low=low, high=high)
+    if low > high:
+        raise ValueError(f"between needs low <= high, not {low!r} > {high!r}")
+    return Criterion(low, high, f"between {low:g} and {high:g}")
+
+
+def equals(value: float, *, tolerance: float = 0.0) -> Criterion:
+    """Test that a quantity equals ``value`` up to an absolute ``tolerance``."""
+    _finite(value=value, tolerance=tolerance)
+    if tolerance < 0:
+        raise ValueError(f"tolerance must not be negative, not {tolerance!r}")
+    within = f" within {tolerance:g}" if tolerance else ""
+    return Criterion(value - tolerance, value + tolerance, f"equal to {value:g}{within}")
+
+
+def holds() -> Criterion:
+    """Test that a statement is true."""
+    return Criterion(1, 1, "true")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One prediction of a claim with its test and what was measured; see :func:`part`."""
+
+    name: str
+    prediction: str
+    measured: Measured
+    criterion: Criterion
+
+    @property
+    def verdict(self) -> str:
+        """``"confirmed"``, ``"refuted"`` or ``"undecided"``."""
+        return self.criterion.judge(self.measured)
+
+    @property
+    def evidence(self) -> str:
+        """The measured quantity in words, with its interval and the number of samples."""
+        if isinstance(self.measured, bool):
+            return "true" if self.measured else "false"
+        if isinstance(self.measured, Estimate):
+            return str(self.measured)
+        return f"{self.measured:.4g}"
+
+    @property
+    def stable_evidence(self) -> str:
+        """The part of the evidence that is the same on every machine."""
+        if isinstance(self.measured, Estimate):
+            share = f"{100 * self.measured.confidence:g}%"
+            return f"{share} interval from {self.measured.n} independent samples"
+        return self.evidence if isinstance(self.measured, bool | int) else "a computed number"
+
+
+def part(name: str, prediction: str, measured: Any, criterion: Criterion) -> Part:
+    """State one prediction of a claim.
+
+    Args:
+        name: A short name, unique within the claim, such as ``"elementwise"``.
+        prediction: What the claim implies here, as a sentence.
+        measured: What was measured: an ``Estimate`` where chance plays a part, else a number or a
+            truth value (zero-dimensional tensors and arrays count).
+        criterion: The declared test: :func:`at_least`, :func:`at_most`, :func:`between`,
+            :func:`equals` or :func:`holds`.
+
+    Returns:
+        The part, for :meth:`Claim.check`.
+
+    Raises:
+        TypeError: If the measured quantity is none of these.
+        ValueError: If an estimate rests on fewer than 30 independent samples, or is not finite.
+    """
+    if isinstance(measured, Estimate):
+        if measured.n < LEAST_SAMPLES:
+            raise ValueError(
+                f"part {name!r} rests on {measured.n} independent samples; "
+                f"a claim needs at least {LEAST_SAMPLES}"
+            )
+    elif hasattr(measured, "item"):
+        measured = measured.item()
+    if not isinstance(measured, Estimate | bool | int | float):
+        raise TypeError(
+            f"part {name!r} measured a {type(measured).__name__}; "
+            "pass an Estimate, a number or a truth value"
+        )
+    result = Part(name, prediction, measured, criterion)
+    _ = result.verdict
+    return result
+
+
+def combine(verdicts: list[str]) -> str:
+    """Return the verdict on a claim from the verdicts on its parts.
+
+    All alike give that verdict; confirmed beside refuted gives ``"depends"``; the rest is
+    ``"undecided"``.
+    """
+    kinds = set(verdicts)
+    if len(kinds) == 1:
+        return verdicts[0]
+    return "depends" if {"confirmed", "refuted"} <= kinds else "undecided"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a check: a card in a notebook, stable text elsewhere."""
+
+    claim: "Claim"
+    verdict: str
+    parts: tuple[Part, ...] = ()
+    depends_on: str = ""
+    sources: tuple[tuple[str, str], ...] = ()
+    finding: str = ""
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Claim {self.claim.id} ({self.claim.whose})",
+            f"  {self.claim.statement}",
+        ]
+        lines += [
+            f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
+            f"evidence: {p.stable_evidence}."
+            for p in self.parts
+        ]
+        lines += [f"  source: {label}, {address}" for label, address in self.sources]
+        lines += [f"  {self.finding}"] if self.finding else []
+        lines.append(f"  Verdict: {self.verdict}{self._condition}")
+        return "\n".join(lines)
+
+    @property
+    def _condition(self) -> str:
+        return f" on {self.depends_on}" if self.depends_on else ""
+
+    def _repr_html_(self) -> str:
+        color = _COLORS[self.verdict]
+        cell = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
+        rows = "".join(
+            f"<tr><td {cell}><b>{html.escape(p.name)}</b>: {html.escape(p.prediction)}</td>"
+            f"<td {cell}>{html.escape(p.criterion.wording)}</td>"
+            f'<td class="evidence" {cell}>{html.escape(p.evidence)}</td>'
+            f'<td {cell}><span style="white-space: nowrap">{_MARKS[p.verdict]} {p.verdict}</span>'
+            "</td></tr>"
+            for p in self.parts
+        )
+        table = ""
+        if rows:
+            heads = "".join(
+                f'<th scope="col" {cell}>{head}</th>'
+                for head in ("Prediction", "Test", "Evidence", "Verdict")
+            )
+            table = (
+                '<div style="overflow-x: auto" tabindex="0" role="region" '
+                f'aria-label="Tests of the claim {self.claim.id}">'
+                f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+            )
+        sources = "".join(
+            f'<li><a href="{html.escape(address)}">{html.escape(label)}</a></li>'
+            for label, address in self.sources
+        )
+        return (
+            f'<div class="claim" style="border: 1px solid {color}; border-left-width: .4em; '
+            'padding: .4em .8em; margin: .6em 0">'
+            f"<p><b>Claim</b> <code>{self.claim.id}</code> · {html.escape(self.claim.whose)}<br>"
+            f"{html.escape(self.claim.statement)}</p>{table}"
+            + (f"<ul>{sources}</ul>" if sources else "")
+            + (f"<p>{html.escape(self.finding)}</p>" if self.finding else "")
+            + f"<p><b>Verdict: {_MARKS[self.verdict]} {self.verdict}</b>"
+            f"{html.escape(self._condition)}</p></div>"
+        )
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what the ledger keeps: verdict, condition, and the evidence of each part."""
+        record: dict[str, Any] = {"verdict": self.verdict}
+        if self.depends_on:
+            record["depends_on"] = self.depends_on
+        if self.parts:
+            record["evidence"] = [
+                {
+                    "part": p.name,
+                    "prediction": p.prediction,
+                    "test": p.criterion.wording,
+                    "measured": p.evidence,
+                    "verdict": p.verdict,
+                }
+                for p in self.parts
+            ]
+        else:
+            record["evidence"] = [{"source": label, "url": url} for label, url in self.sources]
+            record["finding"] = self.finding
+        return record
+
+    def agrees_with(self, record: Mapping[str, Any]) -> bool:
+        """Whether verdict and the parts' verdicts are the recorded ones."""
+        mine = self.as_record()
+
+        def key(entry: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+            return [
+                (e.get("part"), e.get("test"), e.get("verdict"), e.get("url"))
+                for e in entry.get("evidence", [])
+            ]
+
+        return mine["verdict"] == record.get("verdict") and key(mine) == key(record)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the ledger.
+
+    Attributes:
+        id: Its name, which never changes.
+        chapter: File name (without ending) of the chapter that tests it.
+        statement: The claim in the book's words, with the strength its authors give it.
+        notes: Which of the source notes N1 to N5 make it.
+        source: Whose claim it is when no note makes it.
+        source_url: Address of that source.
+    """
+
+    id: str
+    chapter: str
+    statement: str
+    notes: tuple[str, ...] = ()
+    source: str = ""
+    source_url: str = ""
+
+    @property
+    def whose(self) -> str:
+        """Who makes the claim, in words."""
+        if not self.notes:
+            return self.source
+        label = "note" if len(self.notes) == 1 else "notes"
+        return f"{label} {', '.join(self.notes)}"
+
+    @property
+    def recorded(self) -> Mapping[str, Any] | None:
+        """The recorded verdict and evidence, or None while the claim is untested."""
+        return _records().get(self.id)
+
+    def check(self, *parts: Part, depends_on: str = "") -> Verdict:
+        """Judge the claim by its declared tests and compare with the recorded verdict.
+
+        Args:
+            *parts: One or more :func:`part`, each with its prediction, measurement and test.
+            depends_on: On what the verdict depends; needed exactly when parts disagree.
+
+        Returns:
+            The verdict, which shows itself as a card when it ends a cell.
+
+        Raises:
+            ValueError: If there is no part, two share a name, or ``depends_on`` is missing.
+            LedgerMismatchError: In CI and under ``make notebooks``, if the verdict on the claim or
+                on a part is not the recorded one. Elsewhere a warning says so.
+        """
+        if not parts:
+            raise ValueError(f"claim {self.id!r} needs at least one part to check")
+        names = [p.name for p in parts]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"claim {self.id!r} has several parts named {sorted(repeated)}")
+        verdict = combine([p.verdict for p in parts])
+        if verdict == "depends" and not depends_on:
+            raise ValueError(f"the verdict on {self.id!r} depends; say on what with depends_on=")
+        condition = depends_on if verdict == "depends" else ""
+        return self._settle(Verdict(self, verdict, parts, condition))
+
+    def cite(self, *sources: tuple[str, str], finding: str) -> Verdict:
+        """Settle a claim of history or biology by its sources.
+
+        Args:
+            *sources: Pairs of a label and the full address (DOI or arXiv).
+            finding: What the sources say about the claim, in one or two sentences.
+
+        Returns:
+            The verdict ``"cited"``.
+
+        Raises:
+            ValueError: If there is no source, or an address is not a full https address.
+            LedgerMismatchError: As for :meth:`check`.
+        """
+        if not sources:
+            raise ValueError(f"claim {self.id!r} needs at least one source to cite")
+        for label, address in sources:
+            if not address.startswith("https://"):
+                raise ValueError(f"source {label!r} needs a full https address, not {address!r}")
+        return self._settle(Verdict(self, "cited", sources=sources, finding=finding))
+
+    def _settle(self, verdict: Verdict) -> Verdict:
+        mode = _mode()
+        if mode == "record":
+            _write_record(self.id, verdict.as_record())
+            return verdict
+        recorded = self.recorded
+        if recorded is not None and verdict.agrees_with(recorded):
+            return verdict
+        if recorded is None:
+            message = f"claim {self.id!r} has no recorded verdict; here it is {verdict.verdict}"
+        else:
+            message = (
+                f"claim {self.id!r} is recorded as {recorded.get('verdict')}, "
+                f"but here it is {verdict.verdict}"
+            )
+        details = "; ".join(f"{p.name}: {p.verdict} ({p.evidence})" for p in verdict.parts)
+        if mode == "check":
+            raise LedgerMismatchError(f"{message}. {details}")
+        warnings.warn(f"{message} (other versions or hardware?). {details}", stacklevel=3)
+        return verdict
+
+
+def _mode() -> str:
+    default = "check" if os.environ.get("CI", "").lower() in ("1", "true", "yes") else "notice"
+    mode = os.environ.get("RELUBOOK_LEDGER", default)
+    if mode not in MODES:
+        raise ValueError(f"RELUBOOK_LEDGER must be one of {', '.join(MODES)}, not {mode!r}")
+    return mode
+
+
+def _records() -> dict[str, Any]:
+    return json.loads(_RECORD.read_text(encoding="utf-8")) if _RECORD.exists() else {}
+
+
+def _write_record(claim_id: str, record: dict[str, Any]) -> None:
+    records = _records() | {claim_id: record}
+    ordered = {known: records[known] for known in claim_ids() if known in records}
+    text = json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=_RECORD.parent, prefix=".verdicts-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, _RECORD)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@functools.cache
+def _data() -> tuple[dict[str, Claim], dict[str, dict[str, str]]]:
+    data = tomllib.loads(_DATA.read_text(encoding="utf-8"))
+    claims = (Claim(**entry | {"notes": tuple(entry["notes"])}) for entry in data["claims"])
+    return {entry.id: entry for entry in claims}, data["notes"]
+
+
+def claim_ids() -> tuple[str, ...]:
+    """Return the ids of all claims, in the ledger's order."""
+    return tuple(_data()[0])
+
+
+def source_notes() -> Mapping[str, Mapping[str, str]]:
+    """Return title, English title, author and date of the source notes by label (N1 to N5)."""
+    return _data()[1]
+
+
+def claim(claim_id: str) -> Claim:
+    """Return a claim by its id.
+
+    Raises:
+        ValueError: If there is no such claim; names the nearest ids.
+    """
+    known = _data()[0]
+    if claim_id not in known:
+        close = difflib.get_close_matches(str(claim_id), known, n=3, cutoff=0.4)
+        raise ValueError(
+            f"no claim has the id {claim_id!r}; the nearest are {', '.join(close) or 'none'}"
+        )
+    return known[claim_id]
+
+
+def ledger() -> list[dict[str, Any]]:
+    """Return every claim with id, statement, chapter, whose it is, verdict and evidence.
+
+    The verdict is None and the evidence empty while a claim is untested.
+    """
+    records = _records()
+    rows = []
+    for entry in _data()[0].values():
+        record = records.get(entry.id, {})
+        rows.append(
+            {
+                "id": entry.id,
+                "statement": entry.statement,
+                "chapter": entry.chapter,
+                "whose": entry.whose,
+                "verdict": record.get("verdict"),
+                "depends_on": record.get("depends_on"),
+                "evidence": record.get("evidence", []),
+                "finding": record.get("finding"),
+            }
+        )
+    return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    heads: tuple[Literal["id"], Literal["chapter"], Literal["verdict"]] = (
+        "id",
+        "chapter",
+        "verdict",
+    )
+    cells = [[str(row[head] or "untested") for head in heads] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    lines = ["  ".join(head.ljust(width) for head, width in zip(heads, widths, strict=True))]
+    lines += [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        + f"  {row['statement']}"
+        for line, row in zip(cells, rows, strict=True)
+    ]
+    tested = sum(row["verdict"] is not None for row in rows)
+    return "\n".join([*lines, f"{tested} of {len(rows)} claims have a verdict"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the ledger as a table, or with ``--json`` as a list for programs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m relubook.evidence.claims", description=main.__doc__
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    rows = ledger()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        print(_table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Timings that survive a noisy machine: processor time, interleaved, compared as ratios."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from relubook.evidence.statistics import Estimate, bootstrap_interval
+
+__all__ = ["interleaved_seconds", "ratio_interval"]
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int = 40, calls: int = 1
+) -> dict[str, list[float]]:
+    """Time functions in turn, A B C A B C, so that a slow moment of the machine hits all alike.
+
+    Args:
+        functions: What to time, by name; each takes no argument.
+        repeats: Number of rounds, at least 1, after one round that is not counted.
+        calls: Calls a round, at least 1; raise it for functions of microseconds.
+
+    Returns:
+        Seconds of processor time per call, one number a round, by name. Time that other programs
+        take does not count; work on several threads counts for each of them.
+
+    Raises:
+        ValueError: If there is nothing to time, or ``repeats`` or ``calls`` is below 1.
+    """
+    if not functions:
+        raise ValueError("functions is empty: there is nothing to time")
+    if repeats < 1 or calls < 1:
+        raise ValueError(f"repeats and calls must be at least 1, not {repeats} and {calls}")
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(repeats + 1):
+        for name, function in functions.items():
+            started = time.process_time()
+            for _ in range(calls):
+                function()
+            if round_number:
+                seconds[name].append((time.process_time() - started) / calls)
+    return seconds
+
+
+def ratio_interval(slow: list[float], fast: list[float]) -> Estimate:
+    """Return the median of ``slow / fast`` over rounds with its 95% interval.
+
+    Args:
+        slow: Seconds of each round, as :func:`interleaved_seconds` returns them.
+        fast: Seconds of the same rounds.
+
+    Returns:
+        The estimate, without unit; ``n`` is the number of rounds.
+
+    Raises:
+        ValueError: If the lists differ in length or have fewer than two rounds.
+    """
+    if len(slow) != len(fast):
+        raise ValueError(f"both lists need the same rounds, not {len(slow)} and {len(fast)}")
+    return bootstrap_interval([a / b for a, b in zip(slow, fast, strict=True)])

@@ -1,0 +1,1 @@
+"""The rectifier and its family, initializers and Maxout. Needs torch alone."""

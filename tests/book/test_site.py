@@ -1,0 +1,233 @@
+"""The built site as its readers meet it: every page in a real browser, served from here."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PHONE = {"width": 375, "height": 812}
+DESK = {"width": 1280, "height": 900}
+MEGABYTE = 1_000_000
+
+pytestmark = [pytest.mark.site, pytest.mark.slow]
+
+
+def toc_pages() -> list[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [toc["root"]] + [c["file"] for part in toc["parts"] for c in part["chapters"]]
+
+
+PAGES = toc_pages()
+CHAPTERS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """Build the site from nothing, with warnings as errors."""
+    out = tmp_path_factory.mktemp("site")
+    program = shutil.which("jupyter-book", path=str(Path(sys.executable).parent))
+    command = [program, "build", "-W", "-n", "--keep-going", "--path-output", str(out), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"the strict build failed:\n{result.stdout}\n{result.stderr}"
+    assert "WARNING" not in result.stdout + result.stderr
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        message = "no Chromium on this machine: install the package chromium to test the site"
+        if os.environ.get("RELUBOOK_REQUIRE_BROWSER"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One page opened in a fresh context, with all that it asked for and complained about."""
+
+    def __init__(self, browser, address, path, *, viewport=None, scheme="light"):
+        self.context = browser.new_context(viewport=viewport or DESK, color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.errors: list[str] = []
+        self.foreign: list[str] = []
+        self.failed: list[str] = []
+        self.loaded: set[str] = set()
+        self.host = urlparse(address).netloc
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("response", self._response)
+        self.page.route("**/*", self._route)
+        self.page.goto(f"{address}/{path}")
+        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_function(
+            "!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)"
+        )
+
+    def _route(self, route):
+        url = urlparse(route.request.url)
+        if url.scheme in ("data", "blob") or url.netloc == self.host:
+            route.continue_()
+        else:
+            self.foreign.append(route.request.url)
+            route.abort()
+
+    def _response(self, response):
+        if response.status >= 400:
+            self.failed.append(f"{response.status} {response.url}")
+        else:
+            self.loaded.add(urlparse(response.url).path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_complete_self_contained_and_light(browser, address, site, page):
+    with Visit(browser, address, f"{page}.html") as visit:
+        assert not visit.errors
+        assert not visit.foreign
+        assert not visit.failed
+        broken = visit.page.evaluate(
+            "[...document.querySelectorAll('main img')]"
+            ".filter(i => !i.naturalWidth).map(i => i.src)"
+        )
+        assert not broken
+        untold = visit.page.evaluate(
+            "[...document.querySelectorAll('main img')]"
+            ".filter(i => !i.alt.trim() || /^(_images|[0-9a-f]{20,}|.*\\.(png|svg)$)/.test(i.alt))"
+            ".map(i => i.src)"
+        )
+        assert not untold, "figures without alternative text"
+        formulas = visit.page.locator("main .math").count()
+        source = (ROOT / f"{page}.md").read_text(encoding="utf-8")
+        assert formulas > 0 or not re.search(r"\$[^$]+\$", source)
+        assert visit.page.locator("main .math mjx-container").count() >= formulas
+        assert visit.page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    weight = {path: (site / path.strip("/")).stat().st_size for path in visit.loaded}
+    own = sum(n for path, n in weight.items() if path.endswith(".html") or "/_images/" in path)
+    assert own < MEGABYTE
+    assert sum(n for path, n in weight.items() if "/mathjax/" not in path) < 1.5 * MEGABYTE
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_accessible_and_legible(browser, address, page, scheme):
+    with Visit(browser, address, f"{page}.html", scheme=scheme) as visit:
+        assert visit.page.evaluate("document.documentElement.dataset.theme") == scheme
+        found = [
+            f"{v['id']}: {n['html'][:120]} {n['any'][0]['message'] if n['any'] else ''}"
+            for v in Axe().run(visit.page).response["violations"]
+            if v["impact"] in ("serious", "critical")
+            for n in v["nodes"]
+        ]
+        assert not found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_fits_a_phone(browser, address, page):
+    with Visit(browser, address, f"{page}.html", viewport=PHONE) as visit:
+        width = visit.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"]
+        too_wide = visit.page.evaluate(
+            "[...document.querySelectorAll('main img')]"
+            ".filter(i => i.getBoundingClientRect().right > innerWidth).map(i => i.src)"
+        )
+        assert not too_wide
+
+
+def repository() -> tuple[str, str]:
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    return config["url"], config["branch"]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_launch_buttons_lead_to_files_of_the_repository(browser, address, chapter):
+    url, branch = repository()
+    owner_and_name = urlparse(url).path.strip("/")
+    with Visit(browser, address, f"{chapter}.html") as visit:
+        links = visit.page.eval_on_selector_all("a", "links => links.map(a => a.href)")
+    colab = [link for link in links if "colab.research.google.com" in link]
+    binder = [link for link in links if "mybinder.org" in link]
+    assert len(set(colab)) == 1
+    assert len(set(binder)) == 1
+    match = re.search(rf"/github/{re.escape(owner_and_name)}/blob/{branch}/(.+)$", colab[0])
+    assert match, colab[0]
+    assert match[1] in tracked()
+    match = re.search(
+        rf"/gh/{re.escape(owner_and_name)}/{branch}\?urlpath=lab/tree/(.+)$", binder[0]
+    )
+    assert match, binder[0]
+    assert match[1] in tracked()
+
+
+def tracked() -> set[str]:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(listed.stdout.splitlines())
+
+
+def test_search_finds_dying(browser, address):
+    with Visit(browser, address, "search.html?q=dying") as visit:
+        visit.page.wait_for_selector("#search-results li a")
+        assert visit.page.locator("#search-results li a").count() > 0
+        assert not visit.errors
+
+
+def test_front_address_leads_to_the_landing_page(browser, address):
+    with Visit(browser, address, "index.html") as visit:
+        visit.page.wait_for_url("**/book/intro.html")
+        assert visit.page.locator("article h1").inner_text().startswith("The ReLU Book")
+
+
+def test_no_page_names_another_host_for_a_resource(site):
+    """What a browser would only load later (print style sheets, lazy images) counts too."""
+    pattern = re.compile(
+        r"<(?:img|script|link|iframe|source|video|audio)\b[^>]*?(?:src|href)=\"((?:https?:)?//[^\"]+)"
+    )
+    for page in PAGES:
+        text = (site / f"{page}.html").read_text(encoding="utf-8")
+        tags = [m for m in pattern.finditer(text) if 'rel="canonical"' not in m[0]]
+        assert not tags, f"{page}: {[m[1] for m in tags]}"

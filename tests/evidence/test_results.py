@@ -1,0 +1,227 @@
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from relubook.chapters.one_network import all_flips, flipped_verdicts
+from relubook.evidence import results
+from relubook.evidence.results import (
+    Results,
+    assert_agrees,
+    computation,
+    compute,
+    get,
+    is_stale,
+    load,
+    main,
+)
+
+CALLS = []
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(results, "_REGISTRY", {})
+    monkeypatch.setattr(results, "MODULES", ())
+    CALLS.clear()
+
+    @computation("toy", grid={"a": [1, 2, 3], "b": ["x", "y"]}, seeds=4)
+    def toy(seeds, *, a, b):
+        CALLS.append((a, b, len(seeds)))
+        return {"value": [a + s / 3 for s in seeds], "big": [a > 1] * len(seeds)}
+
+    return toy
+
+
+def test_compute_store_and_load(toy, tmp_path):
+    path = compute("toy", tmp_path)
+    assert path == tmp_path / "toy.json"
+    stored = load("toy", tmp_path)
+    assert stored.seeds == (0, 1, 2, 3)
+    assert stored.cell(a=2, b="y") == {
+        "value": [2.0, 2.33333, 2.66667, 3.0],
+        "big": [True] * 4,
+    }
+    assert set(stored.record) == {"versions", "date", "duration", "fingerprint"}
+    assert {"python", "torch"} <= set(stored.record["versions"])
+    assert not list(tmp_path.glob("*partial*"))
+    frame = stored.to_frame()
+    assert len(frame) == 24
+    assert list(frame.columns) == ["a", "b", "seed", "value", "big"]
+    assert frame[(frame.a == 3) & (frame.b == "x") & (frame.seed == 1)].value.item() == 3.33333
+    assert "toy" in repr(stored)
+    with pytest.raises(KeyError, match="no cell"):
+        stored.cell(a=4, b="x")
+
+
+def test_goes_on_after_an_interruption(toy, tmp_path, monkeypatch):
+    lines = []
+
+    def stop(line):
+        lines.append(line)
+        if len(lines) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute("toy", tmp_path, report=stop)
+    assert "3/6 a=2, b=x" in lines[-1]
+    partial = tmp_path / "toy.partial"
+    assert partial.exists()
+    assert not (tmp_path / "toy.json").exists()
+    # A line cut short does no harm.
+    partial.write_text(partial.read_text() + '{"key": [2, "y"], "meas')
+    CALLS.clear()
+    compute("toy", tmp_path)
+    assert CALLS == [(2, "y", 4), (3, "x", 4), (3, "y", 4)]
+    whole = load("toy", tmp_path)
+    assert dict(whole.cells) == {k: toy.measure(k, toy.seeds) for k in toy.keys()}  # noqa: SIM118
+    # What other sources began is not gone on with.
+    lines.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compute("toy", tmp_path, report=stop)
+    monkeypatch.setattr(results.Computation, "fingerprint", lambda self: "other")
+    CALLS.clear()
+    compute("toy", tmp_path)
+    assert len(CALLS) == 6
+
+
+def test_stale_results_are_found(toy, tmp_path, monkeypatch):
+    compute("toy", tmp_path)
+    assert not is_stale("toy", tmp_path)
+    path = tmp_path / "toy.json"
+    before = path.read_text()
+    for key, value in (("fingerprint", "0"), ("seeds", [0, 1]), ("grid", {"a": [1], "b": ["x"]})):
+        path.write_text(json.dumps(json.loads(before) | {key: value}))
+        assert is_stale("toy", tmp_path), key
+    with pytest.raises(FileNotFoundError, match="make full NAMES=nothing"):
+        load("nothing", tmp_path)
+
+
+def test_a_slice_agrees_or_says_where_not(toy, tmp_path):
+    compute("toy", tmp_path)
+    stored = load("toy", tmp_path)
+    live = toy.run(grid={"a": [2], "b": ["x", "y"]}, seeds=[1, 3])
+    assert_agrees(stored, live, tolerance=0)
+    assert_agrees(stored, live, tolerance={"value": 1e-6, "big": 0.01})
+    live.cells[2, "y"]["value"] = [2.5, 3.5]
+    with pytest.raises(AssertionError, match=r"toy at .*'y'.*value: mean 3, stored 2.667"):
+        assert_agrees(stored, live, tolerance=0.1)
+    with pytest.raises(AssertionError, match="differ from those stored"):
+        assert_agrees(stored, live, tolerance=0)
+    live.cells[2, "y"]["value"] = [math.nan, 3.0]
+    with pytest.raises(AssertionError, match="0.5 are non-finite, 0 stored"):
+        assert_agrees(stored, live, tolerance=0.1)
+    for grid, seeds, message in (
+        ({"a": [9], "b": ["x"]}, [1], "a=9 is not in the declared grid"),
+        ({"a": [1]}, [1], "has the parameters"),
+        ({"a": [1], "b": ["x"]}, [9], "seed 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            toy.run(grid=grid, seeds=seeds)
+    with pytest.raises(ValueError, match="no slice"):
+        assert_agrees(stored, Results("other", {}, (1,), {}), tolerance=0)
+
+
+def test_commands(toy, tmp_path, capsys):
+    assert main(["--list", "--folder", str(tmp_path)]) == 0
+    assert "missing" in capsys.readouterr().out
+    assert main(["--folder", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "stored as toy.json" in shown.out
+    assert "6/6" in shown.err
+    assert main(["--folder", str(tmp_path)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert len(CALLS) == 6
+    assert main(["toy", "--folder", str(tmp_path)]) == 0
+    assert len(CALLS) == 12
+    with pytest.raises(SystemExit):
+        main(["tory", "--folder", str(tmp_path)])
+    assert "no computation 'tory'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "seeds", "message"),
+    [
+        ("Two Words", {}, 3, "hyphens"),
+        ("two", {}, 0, "no seed"),
+        ("two", {"a": []}, 3, "no value of 'a'"),
+    ],
+)
+def test_bad_declarations(toy, name, grid, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        computation(name, grid=grid, seeds=seeds)
+
+
+def test_bad_functions(toy):
+    @computation("short", grid={}, seeds=3)
+    def short(seeds):
+        return {"x": [1, 2]}
+
+    with pytest.raises(ValueError, match="2 numbers of 'x' for 3 seeds"):
+        short.run()
+    with pytest.raises(ValueError, match="no computation 'shrt'; known: short"):
+        get("shrt")
+
+
+def test_what_is_registered_runs_and_is_not_stale():
+    """Every stored result was computed by the sources as they are."""
+    for name in results.result_names():
+        made = get(name)
+        assert made.module.startswith("relubook.")
+        assert not is_stale(name), f"{name} is stale: make full NAMES={name}"
+
+
+def test_what_the_readme_says_of_one_network():
+    stored = load("one-network")
+    for lr, better, wrong in ((0.001, "none", 0.29), (0.01, "batch", 0.32)):
+        plain, normed = (
+            stored.cell(activation="relu", normalization=n, lr=lr)["accuracy"]
+            for n in ("none", "batch")
+        )
+        flips = flipped_verdicts(plain, normed)
+        assert flips.difference.n == 500
+        assert (flips.difference.low > 0) == (better == "none")
+        assert (flips.difference.high < 0) == (better == "batch")
+        assert flips.flipped == pytest.approx(wrong, abs=0.04)
+        assert flips.same_seed == pytest.approx(wrong, abs=0.05)
+
+
+@pytest.mark.slow
+def test_one_network_agrees_with_what_is_stored():
+    grid = {"activation": ["relu"], "normalization": ["none"], "lr": [0.01]}
+    live = get("one-network").run(grid=grid, seeds=range(30))
+    assert_agrees(load("one-network"), live, tolerance=0.01)
+
+
+def test_command_line_knows_the_registry():
+    run = subprocess.run(
+        [sys.executable, "-m", "relubook.evidence.results", "--list"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0
+    assert "one-network" in run.stdout
+
+
+def test_flipped_verdicts_by_hand():
+    flips = flipped_verdicts([1.0, 2.0, 3.0], [0.0, 2.5, 1.0])
+    assert flips.difference.value == pytest.approx(5 / 6)
+    # Of the six pairs of different seeds, 1 - 2.5 and 2 - 2.5 (own seed) apart: two lose, one ties.
+    assert flips.flipped == pytest.approx(1 / 6)
+    assert flips.ties == pytest.approx(1 / 6)
+    assert flips.same_seed == pytest.approx(1 / 3)
+
+
+def test_flipped_verdicts_of_normal_samples():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.5, 1, 2000), rng.normal(0, 1, 2000)
+    (flips,) = all_flips({"a": a, "b": b}).values()
+    import scipy.stats
+
+    assert flips.flipped == pytest.approx(scipy.stats.norm.cdf(-0.5 / math.sqrt(2)), abs=0.02)
+    assert flips.needed == pytest.approx((2.8 * math.sqrt(2) / 0.5) ** 2, rel=0.15)
+    with pytest.raises(ValueError, match="not 2 and 3"):
+        flipped_verdicts([1, 2], [1, 2, 3])

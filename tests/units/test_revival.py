@@ -1,0 +1,891 @@
+import copy
+import random
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from relubook.units.diagnosis import diagnose
+from relubook.units.revival import Pair, Revival, revive_
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def settle(model, seed=0):
+    """Give every parameter and running statistic a value that is nothing special."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    if tensor is not None:
+                        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+                if module.running_var is not None:
+                    module.running_var.uniform_(0.5, 2.0, generator=generator)
+            elif hasattr(module, "reset_parameters") and not isinstance(module, nn.LayerNorm):
+                for p in module.parameters(recurse=False):
+                    p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5)
+    return model.eval()
+
+
+def kill(layer, units):
+    """Let units of a layer die through their bias (or a norm's)."""
+    with torch.no_grad():
+        layer.bias[units] = -1000.0
+
+
+def state_of(model, optimizer=None):
+    tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if optimizer is not None:
+        for i, state in enumerate(optimizer.state.values()):
+            for key, value in state.items():
+                tensors[f"{i}.{key}"] = torch.as_tensor(value).clone()
+    return tensors
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def mlp(width=8):
+    return settle(nn.Sequential(OrderedDict(
+        one=nn.Linear(4, width), relu=nn.ReLU(), two=nn.Linear(width, 6), relu2=nn.ReLU(),
+        head=nn.Linear(6, 2),
+    )))  # fmt: skip
+
+
+# --- the function is kept ---------------------------------------------------------------------
+
+
+def image_net(**between):
+    layers = OrderedDict(conv=nn.Conv2d(2, 6, 3), relu=nn.ReLU())
+    layers.update(between)
+    return nn.Sequential(layers)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.fc = nn.Linear(6 * 16, 5)
+        self.head = nn.Linear(5, 2)
+        self.drop = nn.Dropout()
+
+    def forward(self, x, scale=None):
+        x = F.max_pool2d(F.relu(self.conv(x)), 1)
+        x = self.fc(self.drop(x).view(x.size(0), -1)).clamp(min=0)
+        if scale is not None:
+            x = x * scale
+        return self.head(F.dropout(x, training=self.training))
+
+
+class Branches(nn.Module):
+    """Two rectified branches, joined, normalized, read by two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(2, 3, 3, padding=1)
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(9)
+        self.after = nn.Conv2d(9, 4, 3)
+        self.by_position = nn.Linear(4 * 16, 2)
+        self.by_channel = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm(torch.cat([torch.relu(self.a(x)), F.relu_(self.conv(x))], dim=1))
+        x = self.after(x).relu()
+        return self.by_position(torch.flatten(x, 1)) + self.by_channel(x.mean(dim=(2, 3)))
+
+
+class ReadsDtype(nn.Module):
+    """The next layer's weight is looked at, but only for its type; the layer's input by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.next = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(input=self.fc(input=x))
+        return self.next((x * 2.0).to(self.next.weight.dtype))
+
+
+class Squeeze(nn.Module):
+    """A block behind control flow that cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 4))
+
+    def forward(self, x):
+        return self.block(x) if float(x.sum()) > -1e9 else x
+
+
+X2 = (64, 2, 6, 6)
+# name: model, name of the layer whose units 1, 2 and 4 die, input's shape, bit for bit, gates
+KEPT = {
+    "mlp": (mlp, "one", (64, 4), True, ()),
+    "leading dimensions": (mlp, "one", (16, 5, 4), True, ()),
+    "functional, view": (Functional, "conv", X2, True, ()),
+    "functional, clamp": (Functional, "fc", X2, True, ()),
+    "joined branches": (Branches, "conv", X2, False, ()),
+    "dtype read": (ReadsDtype, "fc", (64, 4), True, ()),
+    "control flow outside": (Squeeze, "block.0", (64, 4), True, ()),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.AvgPool1d(2, padding=1),
+                              nn.Conv1d(6, 4, 2, groups=2), nn.Flatten(), nn.Linear(12, 2)),
+        "0", (64, 2, 9), True, ()),
+    "conv3d": (
+        lambda: nn.Sequential(nn.Conv3d(1, 6, 2), nn.ReLU6(), nn.AdaptiveAvgPool3d(1),
+                              nn.Flatten(), nn.Linear(6, 2)),
+        "0", (64, 1, 4, 4, 4), True, ()),
+    "groups": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 3, groups=2), nn.ReLU(),
+                              nn.Conv2d(6, 9, 3, groups=3, padding=1)),
+        "0", X2, True, ()),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6),
+                              nn.ReLU(), nn.Conv2d(6, 2, 1)),
+        "0", X2, True, ()),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 6, 3, stride=2, groups=2), nn.ReLU(),
+                              nn.ConvTranspose2d(6, 3, 2, groups=3), nn.Flatten(2)),
+        "0", X2, True, ()),
+    "flatten": (
+        lambda: image_net(pool=nn.MaxPool2d(2), drop=nn.Dropout2d(), flat=nn.Flatten(),
+                          head=nn.Linear(24, 2)),
+        "conv", X2, True, ()),
+    "norm before": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+                              nn.Conv2d(6, 2, 1)),
+        "1", X2, True, ()),
+    "norm after": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 2)),
+        "0", (64, 4), False, ()),
+    "norm after, conv": (
+        lambda: image_net(norm=nn.BatchNorm2d(6), next=nn.Conv2d(6, 4, 3, groups=2)),
+        "conv", X2, False, ()),
+    "norm after, same border": (
+        lambda: image_net(norm=nn.BatchNorm2d(6),
+                          next=nn.Conv2d(6, 4, 3, padding=1, padding_mode="replicate")),
+        "conv", X2, False, ()),
+    "norm after, pooled and flat": (
+        lambda: image_net(norm=nn.BatchNorm2d(6), pool=nn.AvgPool2d(2), flat=nn.Flatten(),
+                          head=nn.Linear(24, 2)),
+        "conv", X2, False, ()),
+    "norm of columns": (
+        lambda: image_net(flat=nn.Flatten(), norm=nn.BatchNorm1d(96), head=nn.Linear(96, 2)),
+        "conv", X2, False, ()),
+    "norm after, zeros at the border": (
+        lambda: image_net(norm=nn.BatchNorm2d(6), next=nn.Conv2d(6, 4, 3, padding=1)),
+        "conv", X2, False, ("norm",)),
+    "norm after, padded average": (
+        lambda: image_net(norm=nn.BatchNorm2d(6), pool=nn.AvgPool2d(3, padding=1),
+                          next=nn.Conv2d(6, 4, 1)),
+        "conv", X2, False, ("norm",)),
+    "norm after, no bias": (
+        lambda: image_net(norm=nn.BatchNorm2d(6), next=nn.Conv2d(6, 4, 1, bias=False)),
+        "conv", X2, False, ("norm",)),
+    "norm after, transposed": (
+        lambda: image_net(norm=nn.BatchNorm2d(6), next=nn.ConvTranspose2d(6, 4, 3)),
+        "conv", X2, False, ("norm",)),
+    "norm after, layer norm": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.LayerNorm(6)),
+        "0", (64, 4), False, ("2",)),
+    "instance norm": (
+        lambda: image_net(norm=nn.InstanceNorm2d(6, affine=True), next=nn.Conv2d(6, 4, 3)),
+        "conv", X2, False, ()),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        "linear1", (16, 5, 4), True, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["", "centered"])
+@pytest.mark.parametrize("name", KEPT)
+def test_the_function_is_kept_and_the_units_fire(name, batch):
+    build, dying, shape, exact, gates = KEPT[name]
+    model = settle(build()).double()
+    x = randn(*shape).double()
+    units = [1, 2, 4]
+    kill(model.get_submodule(dying), units)
+    report = diagnose(model, [x])
+    site = next(s for s in report.sites if s.dead.any())
+    assert set(units) <= set(torch.nonzero(site.dead).flatten().tolist())
+    with torch.no_grad():
+        before = model(x)
+        revival = revive_(model, report, generator=seeded(1), batch=x if batch else None)
+        after = model(x)
+    assert not revival.left
+    change = next(c for c in revival.changes if c.site == site.name)
+    assert change.units.tolist() == torch.nonzero(site.dead).flatten().tolist()
+    assert change.gates == gates
+    assert bool(change.folded) == (not exact and not gates)
+    if exact:
+        assert torch.equal(before, after)
+    else:
+        torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
+    again = diagnose(model, [x])
+    assert not again[site.name].dead[units].any()
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_revived_units_learn_from_the_second_step_on(name):
+    build, dying, shape, _, _ = KEPT[name]
+    model = settle(build())
+    kill(model.get_submodule(dying), [1, 2, 4])
+    x = randn(*shape)
+    revival = revive_(model, diagnose(model, [x]), generator=seeded(1), batch=x)
+    change = revival.changes[0]
+    incoming = model.get_submodule(change.producer).weight
+    cut = change.gates or change.consumers
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    sizes = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        outgoing = sum(float(model.get_submodule(n).weight.grad.abs().sum()) for n in cut)
+        if isinstance(model.get_submodule(change.producer), nn.ConvTranspose2d):
+            rows = incoming.grad[:1, 1].abs().flatten(1).sum(1)
+        else:
+            rows = incoming.grad[change.units].abs().flatten(1).sum(1)
+        sizes.append((outgoing, rows))
+        optimizer.step()
+    assert sizes[0][0] > 0
+    assert bool((sizes[0][1] == 0).all())
+    assert bool((sizes[1][1] > 0).all())
+
+
+def test_a_layer_that_is_40_percent_dead_fires_again_and_lowers_the_loss():
+    x = randn(512, 4)
+    y = torch.sin(2 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]
+    model = settle(nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 1)))
+    with torch.no_grad():
+        model[0].bias.zero_()
+    kill(model[0], list(range(40)))
+    dead = diagnose(model, [x])
+    assert int(dead["1"].dead.sum()) == 40
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    start = train(50)
+    assert int(diagnose(model, [x])["1"].dead.sum()) == 40
+    twin, weights = copy.deepcopy(model), model[2].weight
+    revival = revive_(model, diagnose(model, [x]), optimizer=optimizer, generator=seeded(1))
+    assert revival.total == 40
+    assert int(diagnose(model, [x])["1"].dead.sum()) == 0
+    assert torch.equal(model(x), twin(x))
+    optimizer.zero_grad()
+    F.mse_loss(model(x), y).backward()
+    assert bool((weights.grad[0, :40] != 0).all())
+    end = train(50)
+    assert end < start
+    assert bool((weights[0, :40] != 0).all())
+
+
+def test_a_dead_layer_as_a_whole_is_revived():
+    model, x = mlp(), randn(64, 4)
+    kill(model.two, list(range(6)))
+    report = diagnose(model, [x])
+    assert report["relu2"].dead.all()
+    before = model(x)
+    revive_(model, report, generator=seeded(1), batch=x)
+    assert torch.equal(model(x), before)
+    assert not diagnose(model, [x])["relu2"].dead.any()
+
+
+def test_dead_units_in_neighboring_layers_feed_each_other():
+    """The weight between two revived units is fresh: the second one's outgoing weights are 0."""
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, list(range(8)))
+    with torch.no_grad():
+        model.two.bias.fill_(-1.0)
+    report = diagnose(model, [x])
+    assert report["relu"].dead.all()
+    assert report["relu2"].dead.all()
+    before = model(x)
+    revive_(model, report, generator=seeded(1), batch=x)
+    assert torch.equal(model(x), before)
+    again = diagnose(model, [x])
+    assert not again["relu"].dead.any()
+    assert not again["relu2"].dead.any()
+
+
+def test_nothing_but_the_named_entries_changes():
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0, 3])
+    before = state_of(model)
+    revive_(model, diagnose(model, [x]), generator=seeded(1))
+    after = state_of(model)
+    expected = {"one.weight": 2 * 4, "one.bias": 2, "two.weight": 6 * 2}
+    for name, value in after.items():
+        assert int((value != before[name]).sum()) == expected.get(name, 0), name
+    assert bool((after["two.weight"][:, [0, 3]] == 0).all())
+    assert bool((after["one.bias"][[0, 3]] == 0).all())
+
+
+def test_the_norm_in_front_is_reset_for_the_unit():
+    norm = nn.BatchNorm2d(6)
+    model = settle(nn.Sequential(nn.Conv2d(2, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    kill(norm, [5])
+    x = randn(*X2)
+    report = diagnose(model, [x])
+    assert report["2"].dead.tolist() == [False] * 5 + [True]
+    before = state_of(norm)
+    revival = revive_(model, report, generator=seeded(1))
+    assert revival.changes[0].before == "1"
+    reset = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    assert {k: float(v[5]) for k, v in norm.state_dict().items() if v.dim()} == reset
+    for key, value in norm.state_dict().items():
+        if value.dim():
+            assert torch.equal(value[:5], before[key][:5])
+    revive_(model, report, generator=seeded(1), batch=x)
+    y = model[0](x)[:, 5].detach()
+    torch.testing.assert_close(norm.running_mean[5], y.mean())
+    torch.testing.assert_close(norm.running_var[5], y.var(correction=0))
+
+
+def test_fresh_weights_have_he_variance_and_a_batch_centers_them():
+    model = settle(nn.Sequential(nn.Linear(50, 400), nn.ReLU(), nn.Linear(400, 1)))
+    kill(model[0], list(range(400)))
+    x = randn(256, 50) + 5
+    report = diagnose(model, [x])
+    revive_(model, report, generator=seeded(1))
+    assert float(model[0].weight.detach().var()) == pytest.approx(2 / 50, rel=0.05)
+    assert int(diagnose(model, [x])["1"].dead.sum()) > 100  # the inputs' mean decides the sign
+    revive_(model, report, generator=seeded(1), batch=(x, None))
+    after = diagnose(model, [x])["1"]
+    assert 0.45 < float(after.fired.float().mean() / 256) < 0.55
+    assert int(after.fired.min()) > 64
+
+
+def test_transposed_convolutions_get_he_variance_per_output():
+    model = settle(nn.Sequential(nn.ConvTranspose2d(64, 32, 4, stride=2), nn.ReLU(),
+                                 nn.Conv2d(32, 1, 1)))  # fmt: skip
+    kill(model[0], list(range(32)))
+    x = randn(4, 64, 5, 5)
+    revive_(model, diagnose(model, [x]), generator=seeded(1))
+    inner = model[0](x)[:, :, 3:-3, 3:-3].detach()
+    assert float(inner.square().mean()) == pytest.approx(2.0, rel=0.2)
+
+
+def test_weights_that_read_a_rectifier_have_a_positive_sum():
+    model, x = mlp(64), randn(64, 4)
+    kill(model.two, list(range(6)))
+    revive_(model, diagnose(model, [x]), generator=seeded(1))
+    assert bool((model.two.weight.sum(1) > 0).all())
+
+
+# --- what is left -----------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+        self.inner = nn.Linear(6, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.relu(self.inner(F.relu(self.fc(x)))) + x
+        return self.head(x)
+
+
+class Twice(nn.Module):
+    """The layer, or the next one, is called twice."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.fc, self.next, self.which = nn.Linear(4, 4), nn.Linear(4, 4), which
+
+    def forward(self, x):
+        if self.which == "layer":
+            return self.next(F.relu(self.fc(F.relu(self.fc(x)))))
+        return self.next(self.next(F.relu(self.fc(x))))
+
+
+class Reads(nn.Module):
+    """What the layer computes, or its weight, is used elsewhere too."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.fc, self.next, self.which = nn.Linear(4, 4), nn.Linear(4, 4), which
+
+    def forward(self, x):
+        h = self.fc(x)
+        y = self.next(F.relu(h))
+        return y + h if self.which == "output" else y + F.linear(x, self.fc.weight)
+
+
+class Modes(nn.Module):
+    """An auxiliary head in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.next, self.aux = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = F.relu(self.fc(x))
+        return self.next(h) + self.aux(h) if self.training else self.next(h)
+
+
+class Leaves(Squeeze):
+    """The next layer is beyond the part that can be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = self.block[:2], nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
+def chain(*between, first=None):
+    layers = OrderedDict(fc=first or nn.Linear(4, 4))
+    layers.update((f"m{i}", m) for i, m in enumerate(between))
+    return nn.Sequential(layers)
+
+
+def tied():
+    model = chain(nn.ReLU(), nn.Linear(4, 4))
+    model.m1.weight = model.fc.weight
+    return model
+
+
+def frozen():
+    model = chain(nn.ReLU(), nn.Linear(4, 4))
+    model.m1.weight.requires_grad_(False)
+    return model
+
+
+def weight_normed():
+    return chain(nn.ReLU(), nn.Linear(4, 4), first=nn.utils.parametrizations.weight_norm(
+        nn.Linear(4, 4)))  # fmt: skip
+
+
+def pruned():
+    model = chain(nn.ReLU(), nn.Linear(4, 4))
+    prune.random_unstructured(model.m1, "weight", 0.25)
+    return model
+
+
+LEFT = {
+    "sum": (Residual, "inner", "reach add"),
+    "layer twice": (lambda: Twice("layer"), "fc", "2 rectifier sites"),
+    "next twice": (lambda: Twice("next"), "fc", "'next' is called 2 times"),
+    "output read": (lambda: Reads("output"), "fc", "goes to 2 places"),
+    "weight read": (lambda: Reads("weight"), "fc", "also used outside"),
+    "modes": (Modes, "fc", "training"),
+    "layer norm": (lambda: chain(nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 4)), "fc", "LayerNorm"),
+    "layer norm before": (
+        lambda: chain(nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4)), "m0", "'fc' goes|LayerNorm"),
+    "part's output": (lambda: Leaves(), "block.0", "leave 'block'.*pairs="),
+    "softmax": (lambda: chain(nn.ReLU(), nn.Softmax(1), nn.Linear(4, 4)), "fc", "Softmax"),
+    "output": (lambda: chain(nn.ReLU()), "fc", "no next layer"),
+    "tied": (tied, "fc", "shares its memory with"),
+    "frozen": (frozen, "fc", "frozen"),
+    "weight norm": (weight_normed, "fc", "computed from other parameters"),
+    "pruned": (pruned, "fc", "computed from other parameters"),
+    "pooled features": (
+        lambda: chain(nn.ReLU(), nn.MaxPool1d(2), nn.Linear(2, 4)), "fc", "MaxPool1d"),
+    "rnn": (lambda: chain(nn.ReLU(), nn.RNN(4, 4)), "fc", "RNN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_paired_is_left_untouched_and_listed(name):
+    build, dying, reason = LEFT[name]
+    model = settle(build())
+    kill(model.get_submodule(dying), [0, 1])
+    x = randn(16, 4)
+    report = diagnose(model, [x])
+    before = state_of(model)
+    revival = revive_(model, report)
+    left = revival.left
+    assert left
+    assert all(entry.units >= 2 for entry in left)
+    assert any(re.search(reason, entry.reason) for entry in left), left
+    assert revival.changes == ()
+    assert same(before, state_of(model))
+    assert f"left: {left[0].site}" in repr(revival)
+
+
+def test_the_repr_is_a_table_of_what_was_done():
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0, 3])
+    revival = revive_(model, diagnose(model, [x]), generator=seeded(1))
+    assert isinstance(revival, Revival)
+    first, header, row = repr(revival).splitlines()
+    assert first == "Revival: 2 units revived, 0 left"
+    assert header.split() == ["site", "units", "re-initialized", "set", "to", "zero"]
+    assert row.split() == ["relu", "2", "one", "two"]
+    assert revive_(model, diagnose(model, [x])).total == 0
+
+
+# --- explicit pairs ---------------------------------------------------------------------------
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.behind, self.fc = nn.BatchNorm2d(6), nn.Linear(96, 4)
+        self.next, self.head, self.other = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if float(x.sum()) > 1e9:
+            return x
+        x = self.behind(F.relu(self.norm(self.conv(x))))
+        x = F.relu(self.next(self.fc(x.view(-1, 96))))
+        return self.head(x) + self.other(x)
+
+
+def test_explicit_pairs_reach_what_the_graph_does_not():
+    model, x = settle(Opaque()).double(), randn(*X2).double()
+    kill(model.norm, [1, 2])
+    kill(model.next, [0])
+    report = diagnose(model, [x])
+    before = model(x)
+    assert revive_(model, report).total == 0
+    revival = revive_(model, report, generator=seeded(1), pairs={
+        "conv": Pair("fc", before="norm", after="behind"), "next": ["head", "other"]})  # fmt: skip
+    assert [c.consumers for c in revival.changes] == [("fc",), ("head", "other")]
+    assert revival.changes[0].before == "norm"
+    assert revival.changes[0].folded == ("fc",)
+    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
+    again = diagnose(model, [x])
+    assert not any(site.dead.any() for site in again.sites)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ({"one": "three"}, KeyError, "'three', which the model does not have"),
+        ({"zero": "two"}, KeyError, "neither a layer of the model nor a site"),
+        ({"one": "relu"}, TypeError, "a ReLU; a consumer is"),
+        ({"one": "head"}, ValueError, "6 inputs, which does not fit"),
+        ({"one": []}, ValueError, "no consumer"),
+        ({"one": Pair("two", before="relu")}, TypeError, "batch or instance norm"),
+    ],
+)
+def test_wrong_pairs_raise_and_change_nothing(pairs, error, message):
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0, 3])
+    report = diagnose(model, [x])
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        revive_(model, report, pairs=pairs)
+    assert same(before, state_of(model))
+
+
+# --- the optimizer ----------------------------------------------------------------------------
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01),
+    "radam": lambda p: torch.optim.RAdam(p, 0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, 0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, initial_accumulator_value=0.5),
+    "rprop": lambda p: torch.optim.Rprop(p, 0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, 0.01),
+}
+FIRST = {"momentum_buffer", "exp_avg", "grad_avg", "acc_delta", "prev"}
+SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum"}
+
+
+def trained(name):
+    """A network with dead units and an optimizer with a past in every entry."""
+    model, x = mlp(), randn(64, 4)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    for i in range(5):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        for p in model.parameters():
+            p.grad += 0.1 * torch.randn(p.shape, generator=seeded(i))
+        optimizer.step()
+    kill(model.one, [0, 3])
+    return model, optimizer, x
+
+
+@pytest.mark.parametrize("how", ["mixed", "zero", "mean"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_starts_anew_for_exactly_these_entries(name, how):
+    model, optimizer, x = trained(name)
+    before = copy.deepcopy(optimizer.state_dict())["state"]
+    report = diagnose(model, [x])
+    assert report["relu"].dead.tolist()[:4] == [True, False, False, True]
+    revive_(model, report, optimizer=optimizer, optimizer_state=how, generator=seeded(1))
+    fresh = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    outgoing = {n: mask.clone() for n, mask in fresh.items()}
+    for site, layer, reader in (("relu", "one", "two"), ("relu2", "two", "head")):
+        outgoing[f"{reader}.weight"][:, report[site].dead] = True
+        fresh[f"{layer}.weight"][report[site].dead] = True
+        fresh[f"{layer}.bias"][report[site].dead] = True
+        outgoing[f"{layer}.weight"][report[site].dead] = False
+    fresh = {n: mask | outgoing[n] for n, mask in fresh.items()}
+    seen = set()
+    for i, (n, p) in enumerate(model.named_parameters()):
+        mask = fresh[n]
+        for key, old in before[i].items():
+            new = optimizer.state[p][key]
+            if not isinstance(old, torch.Tensor) or old.shape != p.shape:
+                assert torch.equal(torch.as_tensor(new), torch.as_tensor(old))
+                continue
+            assert torch.equal(new[~mask], old[~mask])
+            if not mask.any():
+                continue
+            seen.add(key)
+            if key == "ax":
+                assert torch.equal(new[mask], p[mask])
+            elif key == "step_size":
+                assert bool((new[mask] == 0.01).all())
+            else:
+                assert key in FIRST | SECOND
+                averaged = {"mixed": outgoing[n], "zero": mask & False, "mean": mask}[how]
+                expected = torch.full_like(old, 0.5 if key == "sum" else 0.0)
+                if key in SECOND:
+                    expected[averaged] = old[~mask].mean()
+                torch.testing.assert_close(new[mask], expected[mask])
+    assert seen
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()  # the state still fits
+
+
+def test_adams_first_updates_are_as_the_docstring_says():
+    """A steady gradient on a fresh entry, long after the first step."""
+    sizes = {}
+    for how in ("mixed", "zero", "mean"):
+        model, x = mlp(), randn(64, 4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for state in optimizer.state.values():
+            state["step"].fill_(1e6)
+            state["exp_avg"].fill_(1.0)
+            state["exp_avg_sq"].fill_(1.0)
+        kill(model.one, [0])
+        with torch.no_grad():
+            model.one.bias[1:] = 1.0
+        revive_(model, diagnose(model, [x]), optimizer=optimizer, optimizer_state=how)
+        steps = []
+        for _ in range(40):
+            past = [model.one.weight[0, 0].item(), model.two.weight[0, 0].item()]
+            optimizer.step()
+            now = [model.one.weight[0, 0].item(), model.two.weight[0, 0].item()]
+            steps.append([abs(b - a) / 1e-3 for a, b in zip(past, now, strict=True)])
+        sizes[how] = torch.tensor(steps)
+    assert float(sizes["zero"][0].max()) == pytest.approx(3.16, abs=0.1)
+    assert float(sizes["zero"].max()) == pytest.approx(6.56, abs=0.1)
+    assert float(sizes["mixed"][:, 0].max()) == pytest.approx(6.56, abs=0.1)
+    assert float(sizes["mixed"][:, 1].max()) < 1.02
+    assert float(sizes["mean"].max()) < 1.02
+
+
+def test_an_optimizer_of_other_parameters_raises_before_anything_changes():
+    model, optimizer, x = trained("adam")
+    report = diagnose(model, [x])
+    before = state_of(model, optimizer)
+    partial = torch.optim.SGD(model.one.parameters(), lr=0.1)
+    other = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    for wrong, error, message in (
+        (partial, ValueError, "does not hold 'two.weight'$"),
+        (other, ValueError, "none of the model's parameters"),
+        (lbfgs, ValueError, "L-BFGS"),
+        (optimizer.state_dict(), TypeError, "optimizer is a dict"),
+    ):
+        with pytest.raises(error, match=message):
+            revive_(model, report, optimizer=wrong)
+    with pytest.raises(ValueError, match="optimizer_state is 'keep'"):
+        revive_(model, report, optimizer=optimizer, optimizer_state="keep")
+    assert same(before, state_of(model, optimizer))
+
+
+def test_whatever_fails_midway_is_rolled_back(monkeypatch):
+    model, optimizer, x = trained("adam")
+    model.add_module("norm", nn.BatchNorm1d(2))
+    model.eval()
+    kill(model.two, [5])
+    report = diagnose(model, [x])
+    before = state_of(model, optimizer)
+
+    def broken(tensor, generator):
+        broken.calls += 1
+        if broken.calls == 2:
+            raise KeyboardInterrupt
+        tensor.zero_()
+
+    broken.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        revive_(model, report, optimizer=optimizer, init=broken)
+    with pytest.raises(ValueError, match="not finite"):
+        revive_(model, report, init=lambda t, generator: t.fill_(float("nan")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        revive_(model, report, optimizer=optimizer, batch=randn(4, 9))
+    with pytest.raises(ValueError, match="not finite"):
+        revive_(model, report, batch=torch.full((4, 4), float("inf")))
+    monkeypatch.setattr("relubook.units.revival._SECOND_MOMENTS", 3)
+    with pytest.raises(TypeError):
+        revive_(model, report, optimizer=optimizer, batch=x)
+    assert same(before, state_of(model, optimizer))
+    assert not model.training
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+# --- the rest is as before --------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.calls, self.last, self.seen = 0, None, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x
+        self.seen.append(x)
+        torch.rand(1)
+        random.random()
+        return self.inner(x)
+
+
+def test_randomness_mode_hooks_gradients_and_attributes_stay():
+    model, x = Stateful(), randn(64, 4)
+    kill(model.inner.one, [0])
+    report = diagnose(model, [x])
+    model.train()
+    model.inner.relu.eval()
+    calls, last, seen = model.calls, model.last, list(model.seen)
+    hooked = []
+    handle = model.inner.register_forward_hook(lambda m, a, out: hooked.append(out))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    state, python = torch.random.get_rng_state(), random.getstate()
+    modes = [m.training for m in model.modules()]
+    assert revive_(model, report).total == 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert random.getstate() == python
+    assert [m.training for m in model.modules()] == modes
+    assert all(bool((p.grad == 1).all()) and p.requires_grad for p in model.parameters())
+    assert (model.calls, model.last is last, len(model.seen)) == (calls, True, len(seen))
+    assert hooked == []
+    model(x)
+    assert len(hooked) == 1
+    handle.remove()
+
+
+def test_weights_come_from_the_generator_or_from_the_global_state_as_it_is():
+    x = randn(64, 4)
+
+    def fresh(seed, generator=None):
+        model = mlp()
+        kill(model.one, [0])
+        torch.manual_seed(seed)
+        revive_(model, diagnose(model, [x]), generator=generator)
+        return model.one.weight[0].detach()
+
+    assert torch.equal(fresh(0, seeded(7)), fresh(1, seeded(7)))
+    assert torch.equal(fresh(0), fresh(0))
+    assert not torch.equal(fresh(0), fresh(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype):
+    model, x = mlp().to(dtype), randn(64, 4).to(dtype)
+    kill(model.one, [0, 1])
+    before = model(x)
+    assert revive_(model, diagnose(model, [x]), generator=seeded(1), batch=x).total == 2
+    assert torch.equal(model(x), before)
+    assert model.one.weight.dtype == dtype
+
+
+def test_batches_of_other_kinds():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, inputs):
+            return self.inner(inputs)
+
+    model, x = Named(), randn(64, 4) + 3
+    kill(model.inner.one, [0, 1, 2, 3])
+    report = diagnose(model, [{"inputs": x}])
+    biases = []
+    for batch in ({"inputs": x}, (x, 0), [x], x):
+        revive_(model, report, generator=seeded(1), batch=batch)
+        biases.append(model.inner.one.bias.detach().clone())
+    assert all(torch.equal(biases[0], b) for b in biases)
+    assert bool((biases[0][:4] != 0).all())
+
+
+def test_bad_input_raises():
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0])
+    report = diagnose(model, [x])
+    with pytest.raises(TypeError, match="model is a function"):
+        revive_(lambda x: x, report)
+    with pytest.raises(TypeError, match="report is a dict"):
+        revive_(model, {})
+    other = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+    with pytest.raises(ValueError, match="'one', which the model does not have"):
+        revive_(other, report)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_raises():
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0])
+    report = diagnose(model, [x])
+    with pytest.raises(TypeError, match="scripted"):
+        revive_(torch.jit.script(model), report)
+
+
+def test_a_compiled_wrapper_is_looked_through():
+    model, x = mlp(), randn(64, 4)
+    kill(model.one, [0])
+    compiled = torch.compile(model, backend="eager")
+    assert revive_(compiled, diagnose(compiled, [x]), batch=x).total == 1
+    assert not diagnose(model, [x])["relu"].dead[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["mlp", "groups", "transposed", "joined branches", "norm before",
+                                  "norm after", "norm after, no bias"])  # fmt: skip
+def test_on_a_gpu(name):
+    build, dying, shape, _, _ = KEPT[name]
+    model, x = settle(build()).double().cuda(), randn(*shape).double().cuda()
+    kill(model.get_submodule(dying), [1, 2, 4])
+    report, before = diagnose(model, [x]), model(x)
+    optimizer = torch.optim.Adam(model.parameters())
+    for generator in (None, torch.Generator("cuda").manual_seed(0)):
+        state = torch.cuda.get_rng_state()
+        assert revive_(model, report, optimizer=optimizer, generator=generator, batch=x).total >= 3
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
+    assert not any(site.dead.any() for site in diagnose(model, [x]).sites)
