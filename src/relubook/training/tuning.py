@@ -1,20 +1,42 @@
 """Choose a learning rate for each competitor on the same grid, with seeds of its own."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from relubook.evidence.data import Dataset
-from relubook.training.stack import Recipe, _seeds
-from relubook.training.train import crossed, train_many
+from relubook.training.run import crossed
+from relubook.training.train import train
 
-__all__ = ["tune_rate"]
+__all__ = ["best_rate", "tune_rate"]
+
+
+def best_rate(rates: Sequence[float], scores: Sequence[float] | Tensor) -> float:
+    """Return the rate with the best score, unless it stands at the edge of the grid.
+
+    Args:
+        rates: Learning rates, three or more, in ascending order.
+        scores: A number a rate, more being better. NaN counts as the worst.
+
+    Raises:
+        ValueError: If there are fewer than three rates, or the best one stands at an edge of the
+            grid, which then has to be extended.
+    """
+    if len(rates) < 3 or list(rates) != sorted(rates):
+        raise ValueError(f"rates must be three or more in ascending order, not {list(rates)}")
+    best = int(torch.as_tensor(scores).nan_to_num(-math.inf).argmax())
+    if best in (0, len(rates) - 1):
+        raise ValueError(
+            f"the best rate, {rates[best]}, stands at the edge of the grid {list(rates)}: extend it"
+        )
+    return rates[best]
 
 
 def tune_rate(
-    recipe: Recipe,
-    data: Dataset,
+    recipe: Any,
+    data: Any,
     rates: Sequence[float],
     *,
     seeds: int | Iterable[int],
@@ -26,40 +48,28 @@ def tune_rate(
     that overflows scores 0, or minus infinity.
 
     Args:
-        recipe: The networks.
-        data: Trained on its train part, judged on its validation part.
+        recipe: The networks: anything with ``stack(seeds)``.
+        data: Trained on its train part, judged on its validation part, each with ``x`` and ``y``.
         rates: Learning rates, three or more, in ascending order.
         seeds: Seeds of the tuning, not to be used again in the comparison; a number m stands for
             ``range(m)``.
-        settings: Passed on to :func:`relubook.training.train.train_many`: steps, optimizer and so on.
+        settings: Passed on to :func:`relubook.training.train.train`: steps, optimizer and so on.
 
     Returns:
         The best rate, and the mean score by rate, shape (rates,).
 
     Raises:
-        ValueError: If there are fewer than three rates, or the best one stands at an edge of the
-            grid, which then has to be extended.
+        ValueError: As :func:`best_rate` does.
     """
-    if len(rates) < 3 or list(rates) != sorted(rates):
-        raise ValueError(f"rates must be three or more in ascending order, not {list(rates)}")
-    members, lr = crossed(_seeds(seeds), rates)
-    run = train_many(
-        recipe,
-        data.train.x,
-        data.train.y,
-        seeds=members,
-        lr=lr,
-        validation=(data.validation.x, data.validation.y),
-        **{"record": []} | settings,
+    members, lr = crossed(seeds, rates)
+    stack = recipe.stack(members, dtype=data.train.x.dtype)
+    held_out = (data.validation.x, data.validation.y)
+    run = train(
+        stack, data.train.x, data.train.y, lr=lr, validation=held_out, **{"record": []} | settings
     )
     classes = not data.train.y.is_floating_point()
+    worst = 0.0 if classes else -math.inf
     score = run.validation_accuracy[-1] if classes else -run.validation_loss[-1]
-    score = score.nan_to_num(nan=0.0 if classes else -float("inf"))
-    score = score.where(run.diverged < 0, 0.0 if classes else -float("inf"))
+    score = score.where((run.diverged < 0) & ~score.isnan(), worst)
     by_rate = score.view(len(rates), -1).mean(1)
-    best = int(by_rate.argmax())
-    if best in (0, len(rates) - 1):
-        raise ValueError(
-            f"the best rate, {rates[best]}, stands at the edge of the grid {list(rates)}: extend it"
-        )
-    return rates[best], by_rate
+    return best_rate(rates, by_rate), by_rate

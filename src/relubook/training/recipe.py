@@ -1,0 +1,316 @@
+"""What a fully connected network is made of: one description for one network or for a thousand.
+
+>>> import torch
+>>> recipe = Recipe(inputs=1, widths=2, outputs=1, hidden=9)
+>>> recipe.stack(range(1000))(torch.linspace(-1, 1, 5)[:, None]).shape
+torch.Size([1000, 5, 1])
+>>> recipe.single(7).linear1
+Linear(in_features=1, out_features=2, bias=True)
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relubook.layers.activations import REGISTRY, activation
+from relubook.layers.initializers import initialize_
+from relubook.layers.maxout import MaxPieces
+
+__all__ = ["NORMALIZATIONS", "RESIDUALS", "Recipe", "ResidualNetwork"]
+
+NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+}
+"""What :class:`Recipe` takes by name as ``normalization``, beside ``"none"``."""
+
+RESIDUALS = ("none", "relu(f)+x", "relu(f+x)", "pre-activation")
+"""What :class:`Recipe` takes as ``residual``."""
+
+Callback = Callable[[str, int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a fully connected network is made of.
+
+    A hidden layer is linear map, normalization, activation, dropout; a last linear map follows.
+    With a residual form the first hidden layer stays plain and the later ones are blocks, f being
+    the branch and ``relu`` standing for the activation of the recipe:
+
+    - ``"relu(f)+x"``: the branch is a whole hidden layer, its input is added to the output;
+    - ``"relu(f+x)"``: the input is added in front of the activation;
+    - ``"pre-activation"``: normalization, activation and dropout come first and the linear map
+      last; the first layer is then a bare linear map, and one more activation stands before the
+      last linear map.
+
+    Attributes:
+        inputs: Number of input features.
+        widths: Units of each hidden layer; one number for ``hidden`` equal layers.
+        outputs: Number of outputs.
+        hidden: Number of hidden layers when ``widths`` is one number; 1 by default.
+        activation: A name of the registry or of torch (``"LeakyReLU"``), a torch class, a module
+            (each layer gets a copy), a function from tensor to tensor of the same shape, or
+            ``"maxout"``. A module with parameters is trained with the network.
+        activation_options: Its parameters, such as ``{"negative_slope": 0.1}``, or ``pieces``.
+        initializer: A name of ``relubook.layers.initializers``, a function of ``torch.nn.init``,
+            or any ``f(weight, bias, generator)``, for every linear map; the activation's own by
+            default (He's normal draw for functions and modules, LeCun's for maxout).
+        initializer_options: Its parameters, such as ``{"a": 0.1}``.
+        bias: None for what the initializer does (0 but for ``"torch"`` and ``"rai"``), False for
+            no biases, a number for that constant, a pair for draws from U(low, high).
+        normalization: ``"none"``, ``"batch"``, ``"layer"``, or a function of the number of
+            features that returns a module for inputs (batch, features), such as a class.
+        residual: ``"none"`` or one of the forms above.
+        dropout: Probability of dropping a hidden unit's output in training.
+
+    Raises:
+        ValueError: On building, if something is unknown or does not fit; names it.
+        TypeError: If the activation has no such parameter.
+    """
+
+    inputs: int
+    widths: int | Sequence[int]
+    outputs: int
+    hidden: int | None = None
+    activation: Any = "relu"
+    activation_options: Mapping[str, Any] = field(default_factory=dict)
+    initializer: Any = None
+    initializer_options: Mapping[str, Any] = field(default_factory=dict)
+    bias: float | tuple[float, float] | None = None
+    normalization: str | Callable[[int], nn.Module] = "none"
+    residual: str = "none"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        widths, hidden = self.widths, self.hidden
+        if isinstance(widths, int):
+            hidden = 1 if hidden is None else hidden
+            if hidden < 0:
+                raise ValueError(f"hidden must be at least 0, not {hidden}")
+            widths = (widths,) * hidden
+        elif hidden is not None and hidden != len(widths):
+            raise ValueError(f"hidden must be {len(widths)}, the number of widths, not {hidden}")
+        widths = tuple(int(width) for width in widths)
+        object.__setattr__(self, "widths", widths)
+        object.__setattr__(self, "hidden", len(widths))
+        sizes = {"inputs": self.inputs, "outputs": self.outputs, "every width": min(widths or [1])}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        if self.activation == "maxout" and (extra := set(self.activation_options) - {"pieces"}):
+            raise TypeError(f"'maxout' has no parameter {min(extra)!r}; known: pieces")
+        unit = self._activation()
+        if isinstance(unit, nn.PReLU) and unit.num_parameters not in (1, *widths[:1]):
+            raise ValueError(
+                f"prelu with num_parameters={unit.num_parameters} does not fit the widths {widths}"
+            )
+        known = ["none", *NORMALIZATIONS]
+        if not callable(self.normalization) and self.normalization not in known:
+            raise ValueError(
+                f"unknown normalization {self.normalization!r}; known: {', '.join(known)}"
+            )
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"unknown residual {self.residual!r}; known: {', '.join(RESIDUALS)}")
+        if self.residual != "none" and len(set(widths)) > 1:
+            raise ValueError(f"widths must be equal for residual {self.residual!r}, not {widths}")
+        if self.residual == "relu(f+x)" and self.pieces > 1:
+            raise ValueError("residual 'relu(f+x)' does not fit maxout: f has more features than x")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        bias = self.bias
+        numbers = bias if isinstance(bias, tuple) else () if bias in (None, False) else (bias,)
+        if bias is True or not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"bias must be None, False, a number or a pair, not {bias!r}")
+        if isinstance(bias, tuple) and not (len(bias) == 2 and bias[0] < bias[1]):
+            raise ValueError(f"a pair as bias must be (low, high) with low < high, not {bias!r}")
+        if bias is False and self._initializer == "rai":
+            raise ValueError("the initializer 'rai' draws weight and bias together; bias is False")
+        self.draw_(torch.empty(2, 2), None if bias is False else torch.empty(2), torch.Generator())
+
+    @property
+    def pieces(self) -> int:
+        """Linear pieces of a unit; 1 unless the activation is maxout."""
+        return int(self.activation_options.get("pieces", 2)) if self.activation == "maxout" else 1
+
+    @property
+    def maps(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of each linear map; the pieces of maxout count as outputs."""
+        ins = [self.inputs, *self.hidden_widths]
+        outs = [width * self.pieces for width in self.hidden_widths]
+        return list(zip(ins, [*outs, self.outputs], strict=True))
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Units of each hidden layer."""
+        assert isinstance(self.widths, tuple)
+        return self.widths
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained numbers of one network."""
+        return sum(parameter.numel() for parameter in self.single(0).parameters())
+
+    def single(self, seed: int, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """Build the network of one seed as a plain module.
+
+        Args:
+            seed: Seed of all its draws. The global random state is not used.
+            dtype: Type of its parameters; torch's default type by default.
+
+        Returns:
+            An ``nn.Sequential`` of ``linear1, norm1, act1, dropout1, linear2, ...``, or a
+            :class:`ResidualNetwork` with the same names.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def linear(ins: int, outs: int) -> nn.Module:
+            made = nn.utils.skip_init(nn.Linear, ins, outs, self.bias is not False, dtype=dtype)
+            self.draw_(made.weight, made.bias, generator)
+            return made
+
+        modules = self.modules(
+            linear, lambda make, size: make(size), lambda unit, _: unit, lambda p, _: nn.Dropout(p)
+        )
+        if self.residual == "none":
+            network: nn.Module = nn.Sequential(modules)
+        else:
+            network = ResidualNetwork(modules, self.residual)
+        return network if dtype is None else network.to(dtype)
+
+    def stack(self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None) -> Any:
+        """Build the networks of many seeds as one :class:`relubook.training.stack.RecipeStack`.
+
+        Args:
+            seeds: The members' seeds; a number m stands for ``range(m)``.
+            dtype: Type of the parameters; torch's default type by default.
+
+        Returns:
+            The stack; member i equals ``single(seeds[i])``.
+
+        Raises:
+            ValueError: If there is no member.
+            TypeError: If a seed is no integer.
+        """
+        from relubook.training.stack import RecipeStack
+
+        return RecipeStack(self, seeds, dtype=dtype)
+
+    def modules(
+        self,
+        linear: Callable[[int, int], nn.Module],
+        norm: Callable[[Callable[[int], nn.Module], int], nn.Module],
+        unit: Callable[[nn.Module, int], nn.Module],
+        dropout: Callable[[float, int], nn.Module],
+    ) -> "OrderedDict[str, nn.Module]":
+        """Build ``linear1, norm1, act1, dropout1, linear2, ...``, each by the function given."""
+        made: OrderedDict[str, nn.Module] = OrderedDict()
+        for index, (ins, outs) in enumerate(self.maps, 1):
+            made[f"linear{index}"] = linear(ins, outs)
+            if index > len(self.hidden_widths):
+                break
+            if self.normalization != "none":
+                kind = self.normalization
+                made[f"norm{index}"] = norm(kind if callable(kind) else NORMALIZATIONS[kind], outs)
+            made[f"act{index}"] = unit(self._activation(), index)
+            if self.dropout:
+                made[f"dropout{index}"] = dropout(self.dropout, index)
+        return made
+
+    def draw_(self, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
+        """Draw one linear map in place: weight of shape (out, in), bias (out,)."""
+        initialize_(
+            self._initializer, weight, bias, generator=generator, **self.initializer_options
+        )
+        if bias is not None and self.bias is not None:
+            with torch.no_grad():
+                if isinstance(self.bias, tuple):
+                    bias.uniform_(*self.bias, generator=generator)
+                else:
+                    bias.fill_(self.bias)
+
+    @property
+    def _initializer(self) -> Any:
+        if self.initializer is not None:
+            return self.initializer
+        if self.activation == "maxout":
+            return "lecun_normal"
+        entry = REGISTRY.get(self.activation) if isinstance(self.activation, str) else None
+        return "he_normal" if entry is None else entry.initializer
+
+    def _activation(self) -> nn.Module:
+        if self.activation == "maxout":
+            return MaxPieces(self.pieces)
+        return activation(self.activation, **self.activation_options)
+
+
+class ResidualNetwork(nn.Module):
+    """A plain network with skip connections; see :class:`Recipe` for the forms.
+
+    Args:
+        modules: ``linear1, norm1, act1, dropout1, linear2, ...`` by name.
+        residual: One of :data:`RESIDUALS`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], residual: str):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.residual = residual
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, inputs) to (batch, outputs)."""
+        return wire(self, self.residual, input)
+
+
+def wire(
+    network: nn.Module,
+    residual: str,
+    x: Tensor,
+    seen: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Run the modules ``linear1, norm1, act1, dropout1, linear2, ...`` of a network.
+
+    Args:
+        network: What has them.
+        residual: One of :data:`RESIDUALS`.
+        x: Inputs.
+        seen: Is called with pre-activations and outputs of each activation.
+
+    Returns:
+        What the last linear map returns.
+    """
+    made = network._modules
+    hidden = sum(name.startswith("act") for name in made)
+
+    def apply(kind: str, layer: int, x: Tensor) -> Tensor:
+        module = made.get(f"{kind}{layer}")
+        return x if module is None else module(x)
+
+    def activate(layer: int, z: Tensor) -> Tensor:
+        h = apply("act", layer, z)
+        if seen is not None:
+            seen(z, h)
+        return apply("dropout", layer, h)
+
+    for layer in range(1, hidden + 1):
+        if residual == "pre-activation":
+            branch = x if layer == 1 else activate(layer - 1, apply("norm", layer - 1, x))
+            f = apply("linear", layer, branch)
+            x = f if layer == 1 else x + f
+            continue
+        f = apply("norm", layer, apply("linear", layer, x))
+        if layer == 1 or residual == "none":
+            x = activate(layer, f)
+        elif residual == "relu(f)+x":
+            x = activate(layer, f) + x
+        else:
+            x = activate(layer, f + x)
+    if residual == "pre-activation" and hidden:
+        x = activate(hidden, apply("norm", hidden, x))
+    return apply("linear", hidden + 1, x)
