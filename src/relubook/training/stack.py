@@ -12,6 +12,7 @@ layers, and gives single members back:
 Linear(in_features=3, out_features=8, bias=True)
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -88,6 +89,17 @@ def batches_of(seed: int, n: int, batch_size: int) -> Iterator[Tensor]:
     while True:
         whole = torch.randperm(n, generator=generator)[: n // batch_size * batch_size]
         yield from whole.split(batch_size)
+
+
+@contextlib.contextmanager
+def kept_modes(network: nn.Module) -> Iterator[None]:
+    """Leave every module in training or evaluation mode as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Stack(nn.Module):
