@@ -210,9 +210,7 @@ def _marks(record: int | Iterable[int] | None, steps: int) -> set[int]:
 class _Trainer:
     """What changes while a stack is trained, and what is measured on the way."""
 
-    def __init__(
-        self, stack: Stack, numbers: Numbers, data: MemberData, check: MemberData | None
-    ):
+    def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: MemberData | None):
         self.stack, self.numbers, self.data, self.check = stack, numbers, data, check
         members, like = len(stack), numbers.values
         exact = torch.promote_types(like.dtype, torch.float32)
