@@ -94,16 +94,15 @@ SKEWED = {
 
 
 @pytest.mark.parametrize("name", SKEWED)
-@pytest.mark.parametrize("n", [30, 60])
-def test_coverage_of_skewed_shares(name, n):
-    """At 99% at most 2% of intervals miss; Student's alone miss up to 10% of these."""
+def test_coverage_of_skewed_shares(name):
+    """At 99% at most 2% of intervals miss; of Student's up to a tenth do."""
     sample, mean = SKEWED[name]
-    draws = sample(np.random.default_rng(1), (1000, n))
+    draws = sample(np.random.default_rng(1), (500, 30))
     missed = 0
     for x in draws:
         _, low, high = interval(x, confidence=0.99)
         missed += not low <= mean <= high
-    assert missed <= 20
+    assert missed <= 10
 
 
 def test_only_the_whole_interval_contradicts():
