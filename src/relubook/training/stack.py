@@ -171,7 +171,7 @@ class Stack(nn.Module):
         for (name, old), (own, value) in zip(plain.items(), self.state_dict().items(), strict=True):
             one = value.detach().cpu()
             one = one[index] if one.dim() > old.dim() else one
-            plain[name] = (one.mT if own in turned else one).clone()
+            plain[name] = (one.mT if own in turned else one).contiguous().clone()
         network.load_state_dict(plain, assign=True)
         return network.train(self.training)
 
