@@ -21,7 +21,7 @@ from relubook.chapters.born_dead import (
     upper_bound,
     width_needed,
 )
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 
 HALF_LINES = torch.tensor([[1.0], [-1.0]])
 

@@ -18,7 +18,7 @@ from relubook.chapters.theory import (
     linear_regions_upper,
     plane_regions,
 )
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 
 
 @pytest.mark.parametrize("units", [1, 2, 7, 64])

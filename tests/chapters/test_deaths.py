@@ -27,7 +27,7 @@ from relubook.chapters.deaths import (
     sigmoid_recovery,
     train_on_,
 )
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 from relubook.training.train import batch_order
 
 

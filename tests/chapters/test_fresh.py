@@ -7,7 +7,7 @@ import torch
 
 from relubook.chapters.born_dead import unit_states
 from relubook.chapters.fresh import correlated, first_steps, mean_cosine
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 from relubook.training.train import batch_order
 
 

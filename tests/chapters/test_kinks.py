@@ -21,9 +21,9 @@ from relubook.chapters.kinks import (
 )
 from relubook.evidence.data import dataset
 from relubook.layers.activations import relu_with_derivative_at_zero
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 
-NARROW = Recipe(1, 2, 1, depth=6)
+NARROW = Recipe(1, 2, 1, hidden=5)
 LINE = torch.linspace(-1, 1, 11, dtype=torch.float64)[:, None]
 
 
@@ -129,11 +129,11 @@ def test_choices_share_starts_and_differ_in_the_value_alone():
     outputs = stack(LINE)
     assert torch.equal(outputs[:2], outputs[2:])
     with pytest.raises(ValueError, match="'tanh'"):
-        chosen_at_zero(Recipe(1, 2, 1, depth=3, activation="tanh"), 2, (0, 1))
+        chosen_at_zero(Recipe(1, 2, 1, hidden=2, activation="tanh"), 2, (0, 1))
 
 
 def test_gradient_changes_where_a_layer_is_silent():
-    recipe = Recipe(1, 8, 1, depth=3)
+    recipe = Recipe(1, 8, 1, hidden=2)
     silent = torch.zeros(4, 1, dtype=torch.float64)
     assert gradient_changes(NARROW, LINE, lambda o: ((o - 1) ** 2).sum(), 30).any()
     # With zero inputs all is 0, the outputs too, so their squares send no gradient back.
@@ -143,7 +143,7 @@ def test_gradient_changes_where_a_layer_is_silent():
 
 def test_trained_choices_with_zero_are_torchs_relu():
     data = dataset("digits", standardize=False)
-    recipe = Recipe(64, 8, 10, depth=2)
+    recipe = Recipe(64, 8, 10, hidden=1)
     settings = {"lr": 0.1, "steps": 30, "batch_size": 32}
     accuracy, differs = train_choices(recipe, data, 2, **settings)
     plain, _ = train_choices(
@@ -160,4 +160,4 @@ def test_collapse_is_a_constant_output():
     constant = collapses(NARROW, LINE, y, 40, lr=0.01, steps=5)
     assert constant.shape == (2, 40)
     assert 0 < constant.double().mean() < 1
-    assert not collapses(Recipe(1, 64, 1, depth=2), LINE, y, 3, lr=0.01, steps=5).any()
+    assert not collapses(Recipe(1, 64, 1, hidden=1), LINE, y, 3, lr=0.01, steps=5).any()

@@ -17,7 +17,7 @@ from relubook.chapters.optimizer_maps import (
     train_single_relu,
 )
 from relubook.evidence.data import dataset
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 from relubook.training.train import batch_order, train_many
 
 

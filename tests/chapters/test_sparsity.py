@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from relubook.chapters import sparsity
 from relubook.chapters.sparsity import (
-    UnitNetworks,
+    Learned,
+    accuracy,
     break_even,
     features_found,
     hidden_outputs,
@@ -17,20 +17,18 @@ from relubook.chapters.sparsity import (
     mean_correlation,
     skip_zeros,
     sparse_mixtures,
-    train_units,
-    tune_units,
+    taught,
+    train_at_best_rate,
     unit_kinds,
     with_zeros,
 )
-from relubook.evidence.data import dataset
 from relubook.evidence.statistics import Estimate
-from relubook.training.stack import Recipe
-from relubook.training.train import train_many
+from relubook.training.recipe import Recipe
+from relubook.training.train import train
 
 RECIPE = Recipe(4, (6,), 3)
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
-PLAIN = {"seeds": 2, "lr": 0.01, "steps": 10, "batch_size": 10}
 
 
 @pytest.mark.parametrize("name", ["relu", "sigmoid", "leaky_relu"])
@@ -44,15 +42,6 @@ def test_hidden_outputs_are_those_of_the_members(name):
         first = net[:2](X)
         both = torch.cat([first, net[2:4](first)], 1)
         torch.testing.assert_close(outputs[place], both)
-
-
-def test_hidden_outputs_want_plain_networks():
-    for option, name in (
-        ({"normalization": "batch"}, "normalization 'batch'"),
-        ({"dropout": 0.5}, "dropout 0.5"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            hidden_outputs(Recipe(4, (6,), 3, **option).stack(2), X)
 
 
 def test_kinds_of_units_by_hand():
@@ -132,149 +121,51 @@ def test_all_winners_are_relu():
         k_winners(7)(z)
 
 
-@pytest.mark.parametrize(
-    ("name", "unit"),
-    [("relu", torch.relu), ("tanh", torch.tanh), ("leaky_relu", F.leaky_relu)],
-)
-def test_trained_units_are_those_of_the_books_trainer(name, unit):
-    digits = dataset("digits")
-    x, y = digits.train.x[:300], digits.train.y[:300]
-    recipe = Recipe(64, (32,), 10, activation=name)
-    setting = {"seeds": [3, 8], "lr": 0.01, "steps": 20, "batch_size": 50}
-    ours = train_units(unit, recipe, x, y, **setting)
-    run = train_many(recipe, x, y, **setting)
-    torch.testing.assert_close(
-        ours.network.parameter_vectors(), run.network.parameter_vectors(), atol=1e-4, rtol=0
-    )
-    torch.testing.assert_close(
-        ours.accuracy(x, y).float(), run.accuracy[-1].float(), atol=0.01, rtol=0
-    )
-    assert ours.lr == 0.01
-    assert ours.learned is None
-
-
-def test_trained_units_on_targets_are_those_of_the_books_trainer():
-    targets = X[:, :3].square()
-    ours = train_units(torch.relu, RECIPE, X, targets, **PLAIN)
-    run = train_many(RECIPE, X, targets, **PLAIN)
-    torch.testing.assert_close(
-        ours.network.parameter_vectors(), run.network.parameter_vectors(), atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(ours.squared_error(X, targets), run.loss[-1].float())
-    assert torch.equal(ours.score(X, targets), -ours.squared_error(X, targets))
-
-
-def test_a_units_own_backward_pass_is_used():
-    blind = train_units(lambda z: torch.relu(z).detach(), RECIPE, X, Y, **PLAIN)
-    start = RECIPE.stack(2)
-    assert torch.equal(blind.network.linear1.weight, start.linear1.weight)
-    assert not torch.equal(blind.network.linear2.weight, start.linear2.weight)
-
-
 def test_learned_is_the_first_look_that_found_it():
     easy = (X[:, 0] > 0).long()
-    setting = {"seeds": 3, "lr": 0.03, "batch_size": 10}
-    long = train_units(
-        torch.relu, RECIPE, X, easy, steps=60, learned_at=0.9, look_every=10, **setting
-    )
-    for place, step in enumerate(long.learned.int().tolist()):
+    looks = Learned(X, easy, 0.9, every=10)
+    train(RECIPE.stack(3), X, easy, lr=0.03, batch_size=10, steps=60, each_step=looks)
+    for place, step in enumerate(looks.steps.int().tolist()):
         assert 10 <= step < 60
         for steps in range(10, step + 1, 10):
-            short = train_units(torch.relu, RECIPE, X, easy, steps=steps, **setting)
-            assert (short.accuracy(X, easy)[place] >= 0.9) == (steps == step)
-    never = train_units(torch.relu, RECIPE, X, Y, learned_at=1.0, **PLAIN)
-    assert never.learned.tolist() == [10, 10]
+            short = RECIPE.stack(3)
+            train(short, X, easy, lr=0.03, batch_size=10, steps=steps)
+            assert (accuracy(short, X, easy)[place] >= 0.9) == (steps == step)
+    never = Learned(X, Y, 1.0)
+    train(RECIPE.stack(2), X, Y, lr=0.01, steps=10, each_step=never)
+    assert never.steps.isnan().all()
 
 
 def test_taught_are_the_units_that_get_a_gradient():
-    networks = UnitNetworks(RECIPE.stack(2), torch.relu)
-    taught = networks.taught(X, Y)
+    stack = RECIPE.stack(2)
+    found = taught(stack, X, Y)
     for member in range(2):
-        net = networks.network.member(member)
+        net = stack.member(member)
         for row in range(5):
             z = net[0](X[row : row + 1]).detach().requires_grad_()
             F.cross_entropy(net[1:](z), Y[row : row + 1]).backward()
-            assert torch.equal(taught[member, row], z.grad[0] != 0)
-    assert not (taught & (networks.hidden(X) == 0)).any()
-    through = UnitNetworks(networks.network, lambda z: z + (torch.relu(z) - z).detach())
-    assert through.taught(X, Y).all()
-    assert torch.equal(through.hidden(X) > 0, networks.hidden(X) > 0)
+            assert torch.equal(found[member, row], z.grad[0] != 0)
+    assert not (found & (hidden_outputs(stack, X) == 0)).any()
+    straight = Recipe(4, 6, 3, activation=lambda z: z + (torch.relu(z) - z).detach()).stack(2)
+    assert taught(straight, X, Y).all()
+    assert torch.equal(hidden_outputs(straight, X) > 0, hidden_outputs(stack, X) > 0)
 
 
-def test_networks_with_a_unit_of_ones_own_have_one_plain_layer():
-    with pytest.raises(ValueError, match="has 2"):
-        UnitNetworks(Recipe(4, (6, 6), 3).stack(1), torch.relu)
-    with pytest.raises(ValueError, match="normalization 'layer'"):
-        UnitNetworks(Recipe(4, (6,), 3, normalization="layer").stack(1), torch.relu)
-    with pytest.raises(ValueError, match=r"keep the shape \(1, 1, 6\).*\(1, 1\)"):
-        UnitNetworks(RECIPE.stack(1), lambda z: z.sum(-1))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": X[:, :3]}, r"x must have the shape \(n, 4\), not \(40, 3\)"),
-        ({"y": Y[:5]}, r"y must have the shape \(40,\), not \(5,\)"),
-        ({"y": X}, r"y must have the shape \(40, 3\), not \(40, 4\)"),
-        ({"y": Y + 1}, "labels of y must be in 0..2"),
-        ({"x": X / 0}, "x has 160 non-finite"),
-        ({"lr": 0.0}, "lr must be .* not 0.0"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"look_every": 0}, "look_every must be at least 1, not 0"),
-        ({"batch_size": 41}, r"batch_size must be in 1..40, not 41"),
-        ({"learned_at": 1.5}, "not 1.5"),
-        ({"y": X[:, :3], "learned_at": 0.5}, "learned_at .* not 0.5"),
-        ({"seeds": 0}, "at least one"),
-    ],
-)
-def test_bad_training_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        train_units(torch.relu, RECIPE, **({"x": X, "y": Y} | PLAIN | change))
-
-
-def test_tuning_takes_the_best_rate_and_trains_anew():
+def test_the_best_rate_trains_anew():
     targets = X[:, :3].abs()
     setting = {"steps": 30, "batch_size": 10}
     rates = (1e-5, 1e-3, 0.02, 1.0, 30.0)
-    tuned = tune_units(
-        torch.relu, RECIPE, X, targets, rates,
-        validation=(X, targets), tuning_seeds=[7, 8], seeds=2, **setting,
-    )  # fmt: skip
-    scores = [
-        train_units(torch.relu, RECIPE, X, targets, seeds=[7, 8], lr=lr, **setting)
-        .score(X, targets)
-        .mean()
-        for lr in rates
-    ]
-    assert tuned.lr == rates[torch.stack(scores).argmax()]
-    again = train_units(torch.relu, RECIPE, X, targets, seeds=2, lr=tuned.lr, **setting)
-    assert torch.equal(tuned.network.parameter_vectors(), again.network.parameter_vectors())
-
-
-def test_tuning_seeds_choose_and_the_others_are_kept(monkeypatch):
-    calls = []
-
-    def spy(*args, seeds, lr, **settings):
-        calls.append((tuple(seeds), lr))
-        return train_units(*args, seeds=seeds, lr=lr, **settings)
-
-    monkeypatch.setattr(sparsity, "train_units", spy)
-    rates = (1e-6, 0.02, 1e3)
-    tune_units(
-        torch.relu, RECIPE, X, X[:, :3].abs(), rates,
-        validation=(X, X[:, :3].abs()), tuning_seeds=[7, 8], seeds=2, steps=20, batch_size=10,
-    )  # fmt: skip
-    assert calls == [((7, 8), lr) for lr in rates] + [((0, 1), 0.02)]
-
-
-def test_bad_tuning_is_named():
-    common = {"validation": (X, Y), "seeds": 2, "steps": 5, "batch_size": 10}
-    with pytest.raises(ValueError, match="ascending"):
-        tune_units(torch.relu, RECIPE, X, Y, (0.1, 0.01, 1), tuning_seeds=[5], **common)
-    with pytest.raises(ValueError, match=r"share \[1\]"):
-        tune_units(torch.relu, RECIPE, X, Y, (0.01, 0.1, 1), tuning_seeds=[1, 5], **common)
-    with pytest.raises(ValueError, match="edge of the grid"):
-        tune_units(torch.relu, RECIPE, X, Y, (1e-9, 1e-8, 0.02), tuning_seeds=[5], **common)
+    run = train_at_best_rate(
+        RECIPE, X, targets, rates, validation=(X, targets), tuning_seeds=[7, 8], seeds=2, **setting
+    )
+    again = RECIPE.stack(2)
+    train(again, X, targets, lr=run.lr[0].item(), **setting)
+    torch.testing.assert_close(run.network.parameter_vectors(), again.parameter_vectors())
+    losses = []
+    for lr in rates:
+        loss = train(RECIPE.stack([7, 8]), X, targets, lr=lr, **setting).loss[-1].mean()
+        losses.append(loss.nan_to_num(math.inf))
+    assert run.lr[0] == rates[torch.stack(losses).argmin()]
 
 
 def test_mixtures_are_sums_of_their_features():

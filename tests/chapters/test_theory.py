@@ -23,7 +23,7 @@ from relubook.chapters.theory import (
     tent_map,
     tent_network,
 )
-from relubook.training.stack import Recipe
+from relubook.training.recipe import Recipe
 
 SEEDS = range(6)
 

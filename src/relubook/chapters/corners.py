@@ -17,7 +17,7 @@ from relubook.chapters.theory import (
     layers_of,
     plane_regions,
 )
-from relubook.training.stack import StackedNetwork
+from relubook.training.stack import Stack
 
 __all__ = ["Misses", "draw_regions", "interpolation_misses", "member_regions", "region_counts"]
 
@@ -74,7 +74,7 @@ def interpolation_misses(
 
 
 def member_regions(
-    network: StackedNetwork, member: int, *, low: float = -1.0, high: float = 1.0
+    network: Stack, member: int, *, low: float = -1.0, high: float = 1.0
 ) -> list[PlaneRegion]:
     """Cut a square into the linear regions of one network of a stack.
 
@@ -94,7 +94,7 @@ def member_regions(
     return plane_regions(layers_of(network.member(member)), low=low, high=high)
 
 
-def region_counts(network: StackedNetwork, *, low: float = -1.0, high: float = 1.0) -> Tensor:
+def region_counts(network: Stack, *, low: float = -1.0, high: float = 1.0) -> Tensor:
     """Count the linear regions of each network of a stack in a square.
 
     Args:

@@ -1,5 +1,6 @@
 """What happens at a kink: the slopes there, exact zeros, and networks that choose ReLU'(0)."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ from torch.nn import functional as F
 
 from relubook.evidence.data import Dataset
 from relubook.layers.activations import REGISTRY, activation, relu_with_derivative_at_zero
-from relubook.training.stack import Recipe, StackedNetwork, _seeds
-from relubook.training.train import batch_order
+from relubook.training.recipe import Recipe
+from relubook.training.stack import RecipeStack, member_seeds
+from relubook.training.train import train
 
 __all__ = [
     "Slopes",
@@ -178,14 +180,9 @@ def normalized_zeros(recipe: Recipe, x: Tensor, seeds: int | Iterable[int]) -> T
     """
     if recipe.normalization != "batch":
         raise ValueError(f"normalization must be 'batch', not {recipe.normalization!r}")
-    stack = recipe.stack(seeds, dtype=x.dtype)
-    shares: list[Tensor] = []
-    for layer in range(1, recipe.hidden + 1):
-        stack.get_submodule(f"norm{layer}").register_forward_hook(
-            lambda module, args, out: shares.append((out == 0).double().mean((1, 2)))
-        )
     with torch.no_grad():
-        stack(x)
+        layers = recipe.stack(seeds, dtype=x.dtype).hidden(x)
+    shares = [(z == 0).double().mean((1, 2)) for z, _ in layers]
     return torch.stack(shares).mean(0)
 
 
@@ -210,14 +207,12 @@ def structural_zeros(recipe: Recipe, x: Tensor, seeds: int | Iterable[int]) -> Z
     zeros, rounded = torch.zeros(2, len(stack), dtype=torch.float64)
     all_units = 0
     with torch.no_grad():
-        h = torch.relu(stack.linear1(x))
-        for layer in range(2, recipe.hidden + 1):
-            z = stack.get_submodule(f"linear{layer}")(h)
-            at_zero = z == 0
-            zeros = zeros + at_zero.double().sum((1, 2))
-            rounded = rounded + (at_zero & (h != 0).any(2, keepdim=True)).double().sum((1, 2))
-            all_units += z[0].numel()
-            h = torch.relu(z)
+        layers = stack.hidden(x)
+    for (_, before), (z, _) in itertools.pairwise(layers):
+        at_zero = z == 0
+        zeros = zeros + at_zero.double().sum((1, 2))
+        rounded = rounded + (at_zero & (before != 0).any(2, keepdim=True)).double().sum((1, 2))
+        all_units += z[0].numel()
     return ZeroCount(zeros / all_units, rounded / zeros)
 
 
@@ -268,7 +263,7 @@ def chosen_at_zero(
     *,
     dtype: torch.dtype | None = None,
     rule: Rule = relu_with_derivative_at_zero,
-) -> StackedNetwork:
+) -> RecipeStack:
     """Stack the networks of all seeds once for each value of ReLU'(0).
 
     Args:
@@ -286,7 +281,7 @@ def chosen_at_zero(
     """
     if recipe.activation != "relu":
         raise ValueError(f"the activation must be 'relu', not {recipe.activation!r}")
-    seeds = _seeds(seeds)
+    seeds = member_seeds(seeds)
     stack = recipe.stack([*seeds] * len(values), dtype=dtype)
     each = torch.tensor(values, dtype=dtype).repeat_interleave(len(seeds))[:, None, None]
     for layer in range(1, recipe.hidden + 1):
@@ -348,16 +343,13 @@ def train_choices(
         ``argmax`` says. And which networks end with other weights under the last value than
         under the first, bool, shape (networks,).
     """
-    seeds = _seeds(seeds)
+    seeds = member_seeds(seeds)
     stack = chosen_at_zero(recipe, seeds, values, dtype=data.train.x.dtype, rule=rule)
-    optimizer = torch.optim.SGD(stack.parameters(), lr=lr)
-    orders = [batch_order(seed, len(data.train), batch_size, steps) for seed in seeds]
-    for index in torch.stack(orders, 1).repeat(1, len(values), 1):
-        outputs = stack(data.train.x[index]).float().flatten(0, 1)
-        cost = F.cross_entropy(outputs, data.train.y[index].flatten(), reduction="sum")
-        optimizer.zero_grad()
-        (cost / batch_size).backward()
-        optimizer.step()
+    train(
+        stack, data.train.x, data.train.y, steps=steps, lr=lr, optimizer="sgd",
+        batch_size=batch_size, record=[], progress=False,
+        loss=lambda out, y: F.cross_entropy(out.float(), y),
+    )  # fmt: skip
     with torch.no_grad():
         right = stack.eval()(data.test.x).argmax(-1) == data.test.y
     weights = stack.parameter_vectors().chunk(len(values))
@@ -392,11 +384,7 @@ def collapses(
         Bool, shape (values, networks).
     """
     stack = chosen_at_zero(recipe, seeds, values, dtype=x.dtype)
-    optimizer = torch.optim.Adam(stack.parameters(), lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        ((stack(x) - y) ** 2).mean((1, 2)).sum().backward()
-        optimizer.step()
+    train(stack, x, y, steps=steps, lr=lr, record=[], progress=False)
     with torch.no_grad():
         outputs = stack(x)[..., 0]
     return (outputs.amax(1) - outputs.amin(1) < 1e-3).view(len(values), -1)

@@ -1,19 +1,9 @@
-"""Zeros in hidden layers: count them, force them with units of one's own, skip them in products.
-
->>> import torch
->>> from relubook.training.stack import Recipe
->>> x = torch.linspace(-1, 1, 60)[:, None]
->>> networks = train_units(
-...     k_winners(2), Recipe(1, (8,), 1), x, x.abs(), seeds=3, lr=0.01, steps=20, batch_size=20
-... )
->>> bool(((networks.hidden(x) > 0).sum(2) <= 2).all())
-True
-"""
+"""Zeros in hidden layers: count them, force them with units of one's own, skip them in products."""
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relubook._optional import require
+from relubook.evidence.data import Split
 from relubook.evidence.statistics import Estimate
 from relubook.evidence.timing import interleaved_seconds, ratio_interval
-from relubook.training.stack import Recipe, StackedNetwork, _seeds
-from relubook.training.train import batch_order
+from relubook.training.recipe import Recipe
+from relubook.training.run import TrainingRun
+from relubook.training.stack import RecipeStack, Stack
+from relubook.training.train import train
+from relubook.training.tuning import tune_rate
 
 __all__ = [
     "KernelSpeeds",
+    "Learned",
     "UnitKinds",
-    "UnitNetworks",
+    "accuracy",
     "break_even",
     "features_found",
     "hidden_outputs",
@@ -38,8 +33,8 @@ __all__ = [
     "mean_correlation",
     "skip_zeros",
     "sparse_mixtures",
-    "train_units",
-    "tune_units",
+    "taught",
+    "train_at_best_rate",
     "unit_kinds",
     "with_zeros",
 ]
@@ -52,33 +47,17 @@ SMALLEST = 1e-6
 
 
 @torch.no_grad()
-def hidden_outputs(network: StackedNetwork, x: Tensor) -> Tensor:
+def hidden_outputs(network: Stack, x: Tensor) -> Tensor:
     """Return the outputs of all hidden units, layer beside layer.
 
     Args:
-        network: A stack of plain networks: no normalization, residual connections or dropout.
+        network: A stack.
         x: Inputs, shape (n, inputs), shared, or (members, n, inputs).
 
     Returns:
         Shape (members, n, units), units counting those of all hidden layers.
-
-    Raises:
-        ValueError: If the networks are not plain.
     """
-    _check_plain(network.recipe)
-    outputs, h = [], x
-    for layer in range(1, network.recipe.hidden + 1):
-        h = network.get_submodule(f"act{layer}")(network.get_submodule(f"linear{layer}")(h))
-        outputs.append(h)
-    return torch.cat(outputs, 2)
-
-
-def _check_plain(recipe: Recipe) -> None:
-    for name, plain in (("normalization", "none"), ("residual", "none"), ("dropout", 0)):
-        if getattr(recipe, name) != plain:
-            raise ValueError(
-                f"plain networks are needed, these have {name} {getattr(recipe, name)!r}"
-            )
+    return torch.cat([post for _, post in network.hidden(x)], 2)
 
 
 class UnitKinds(NamedTuple):
@@ -198,187 +177,57 @@ def k_winners(k: int) -> Unit:
     return unit
 
 
-@dataclass(frozen=True, eq=False)
-class UnitNetworks:
-    """Networks with one hidden layer of units of one's own.
-
-    Attributes:
-        network: Their weights, a stack; its own activation function is not used.
-        unit: What the hidden layer computes.
-        lr: The rate they were trained at; None if they were not.
-        learned: Step by which each had learned its training set, shape (members,), see
-            :func:`train_units`; None if nobody looked.
-    """
-
-    network: StackedNetwork
-    unit: Unit
-    lr: float | None = None
-    learned: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        recipe = self.network.recipe
-        _check_plain(recipe)
-        if recipe.hidden != 1:
-            raise ValueError(f"one hidden layer is needed, the recipe has {recipe.hidden}")
-        width = recipe.hidden_widths[0]
-        shape = tuple(self.unit(torch.zeros(1, 1, width)).shape)
-        if shape != (1, 1, width):
-            raise ValueError(f"unit must keep the shape (1, 1, {width}), it returns {shape}")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the networks' outputs, shape (members, n, outputs), with their graph."""
-        return self._after(self._before(x))
-
-    def _before(self, x: Tensor) -> Tensor:
-        z: Tensor = self.network.get_submodule("linear1")(x)
-        return z
-
-    def _after(self, z: Tensor) -> Tensor:
-        out: Tensor = self.network.get_submodule("linear2")(self.unit(z))
-        return out
-
-    @torch.no_grad()
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return the hidden units' outputs, shape (members, n, units), without a graph."""
-        return self.unit(self._before(x))
-
-    @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return each network's share of right labels, float64, shape (members,).
-
-        Args:
-            x: Inputs, shape (n, inputs).
-            y: Labels, shape (n,).
-        """
-        return (self(x).argmax(-1) == y).double().mean(1)
-
-    @torch.no_grad()
-    def squared_error(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return each network's mean squared error, shape (members,).
-
-        Args:
-            x: Inputs, shape (n, inputs).
-            y: Targets, shape (n, outputs).
-        """
-        return ((self(x) - y) ** 2).mean((1, 2))
-
-    def score(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the accuracy for labels, the negative squared error for targets; (members,)."""
-        return -self.squared_error(x, y) if y.is_floating_point() else self.accuracy(x, y)
-
-    def taught(self, x: Tensor, y: Tensor) -> Tensor:
-        """Say which units get a gradient from which input.
-
-        Args:
-            x: Inputs, shape (n, inputs).
-            y: Labels, shape (n,), or targets, shape (n, outputs).
-
-        Returns:
-            Whether the loss on an input has a derivative other than 0 by the unit's
-            pre-activation there, bool, shape (members, n, units).
-        """
-        z = self._before(x).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_loss(self._after(z), y.expand(len(z), *y.shape)), z)
-        return gradient != 0
-
-
-def _loss(out: Tensor, y: Tensor) -> Tensor:
-    """Return the sum over members of their mean losses."""
-    if y.is_floating_point():
-        return ((out - y) ** 2).mean((1, 2)).sum()
-    return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[1]
-
-
-def train_units(
-    unit: Unit,
-    recipe: Recipe,
-    x: Tensor,
-    y: Tensor,
-    *,
-    seeds: int | Iterable[int],
-    lr: float,
-    steps: int,
-    batch_size: int,
-    learned_at: float | None = None,
-    look_every: int = 5,
-) -> UnitNetworks:
-    """Train networks by Adam whose hidden layer computes any function.
-
-    With a unit that the recipe knows, these are the networks that
-    :func:`relubook.training.train.train_many` trains: same starts, same batches.
+def taught(network: RecipeStack, x: Tensor, y: Tensor) -> Tensor:
+    """Say which units of the one hidden layer get a gradient from which input.
 
     Args:
-        unit: What the hidden layer computes of its pre-activations (members, n, units), such as
-            ``torch.relu`` or :func:`k_winners`; of the same shape, differentiable by autograd.
-        recipe: Plain networks with one hidden layer. Its activation function decides about the
-            initial weights only.
+        network: Networks with one hidden layer.
         x: Inputs, shape (n, inputs).
-        y: Labels, integers of shape (n,), for cross-entropy; or targets, shape (n, outputs), for
-            the mean squared error.
-        seeds: One a network; a number m stands for ``range(m)``.
-        lr: Learning rate, above 0.
-        steps: Number of steps, at least 1.
-        batch_size: Examples a step, at most n.
-        learned_at: Accuracy at which the training set counts as learned; nobody looks by default.
-        look_every: Steps between two looks at the accuracy.
+        y: Labels, shape (n,).
 
     Returns:
-        The trained networks. ``learned`` holds the first step at which a look found at least that
-        accuracy, ``steps`` where none did.
-
-    Raises:
-        ValueError: If an argument does not fit; names it. Nothing has been computed then.
+        Whether the loss on an input has a derivative other than 0 by the unit's pre-activation
+        there, bool, shape (members, n, units).
     """
-    seeds = _seeds(seeds)
-    _check_training(recipe, x, y, lr, steps, batch_size, learned_at, look_every)
-    stack = recipe.stack(seeds, dtype=x.dtype)
-    networks = UnitNetworks(stack, unit)
-    optimizer = torch.optim.Adam(stack.parameters(), lr=lr)
-    order = torch.stack([batch_order(seed, len(x), batch_size, steps) for seed in seeds], 1)
-    learned = torch.full((len(seeds),), float(steps))
-    for step, rows in enumerate(order, 1):
-        optimizer.zero_grad()
-        _loss(networks(x[rows]), y[rows]).backward()
-        optimizer.step()
-        if learned_at is not None and step % look_every == 0:
-            learned[(learned == steps) & (networks.accuracy(x, y) >= learned_at)] = step
-    return UnitNetworks(stack, unit, lr, None if learned_at is None else learned)
+    layers = [network.get_submodule(name) for name in ("linear1", "act1", "linear2")]
+    z = layers[0](x).detach().requires_grad_()
+    out = layers[2](layers[1](z)).flatten(0, 1)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(out, y.repeat(len(z)), reduction="sum"), z)
+    return gradient != 0
 
 
-def _check_training(
-    recipe: Recipe,
-    x: Tensor,
-    y: Tensor,
-    lr: float,
-    steps: int,
-    batch_size: int,
-    learned_at: float | None,
-    look_every: int,
-) -> None:
-    if x.dim() != 2 or x.shape[1] != recipe.inputs:
-        raise ValueError(f"x must have the shape (n, {recipe.inputs}), not {tuple(x.shape)}")
-    targets = y.is_floating_point()
-    wanted = (len(x), recipe.outputs) if targets else (len(x),)
-    if tuple(y.shape) != wanted:
-        raise ValueError(f"y must have the shape {wanted}, not {tuple(y.shape)}")
-    for name, data in (("x", x), ("y", y)):
-        if not data.isfinite().all():
-            raise ValueError(f"{name} has {int((~data.isfinite()).sum())} non-finite entries")
-    if not targets and not 0 <= int(y.min()) <= int(y.max()) < recipe.outputs:
-        raise ValueError(f"labels of y must be in 0..{recipe.outputs - 1}")
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be a finite number above 0, not {lr!r}")
-    for name, count in (("steps", steps), ("look_every", look_every)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    if not 1 <= batch_size <= len(x):
-        raise ValueError(f"batch_size must be in 1..{len(x)}, not {batch_size}")
-    if learned_at is not None and (targets or not 0 < learned_at <= 1):
-        raise ValueError(f"learned_at must be an accuracy in (0, 1] of labels, not {learned_at!r}")
+@torch.no_grad()
+def accuracy(network: Stack, x: Tensor, y: Tensor) -> Tensor:
+    """Return each network's share of right labels, float64, shape (members,)."""
+    return (network(x).argmax(-1) == y).double().mean(1)
 
 
-def tune_units(
-    unit: Unit,
+class Learned:
+    """Steps after which each network of a stack has learned a set; ``each_step`` of a run.
+
+    Args:
+        x: Inputs, shape (n, inputs).
+        y: Labels, shape (n,).
+        level: Accuracy that counts as learned.
+        every: Steps between two looks.
+
+    Attributes:
+        steps: The first look's step that found at least that accuracy, NaN where none did,
+            (members,).
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, level: float, every: int = 5):
+        self.x, self.y, self.level, self.every = x, y, level, every
+        self.steps = torch.tensor(math.nan)
+
+    def __call__(self, step: int, stack: Stack, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the accuracy."""
+        if step % self.every == 0:
+            new = self.steps.isnan() & (accuracy(stack, self.x, self.y) >= self.level)
+            self.steps = torch.where(new, float(step), self.steps)
+
+
+def train_at_best_rate(
     recipe: Recipe,
     x: Tensor,
     y: Tensor,
@@ -387,49 +236,32 @@ def tune_units(
     validation: tuple[Tensor, Tensor],
     tuning_seeds: int | Iterable[int],
     seeds: int | Iterable[int],
-    learned_at: float | None = None,
+    each_step: Callable[..., Any] | None = None,
     **settings: Any,
-) -> UnitNetworks:
+) -> TrainingRun:
     """Train networks at the rate that is best on validation data.
 
     Args:
-        unit: See :func:`train_units`.
-        recipe: Likewise.
-        x: Likewise.
-        y: Likewise.
+        recipe: The networks.
+        x: Inputs, shape (n, inputs).
+        y: Labels or targets.
         rates: Learning rates, three or more, in ascending order.
-        validation: Inputs and labels or targets to choose on: by mean accuracy, or mean squared
-            error. A rate at which a network's error is NaN is not chosen.
-        tuning_seeds: Seeds of the networks that choose; a number m stands for ``range(m)``.
+        validation: Inputs and labels or targets to choose on.
+        tuning_seeds: Seeds of the networks that choose.
         seeds: Seeds of the networks that are returned, others than those.
-        learned_at: See :func:`train_units`.
-        settings: Passed on to :func:`train_units`: steps and batch size.
+        each_step: For the networks that are returned; see :func:`relubook.training.train.train`.
+        settings: Passed on to :func:`relubook.training.train.train`.
 
     Returns:
-        The networks of ``seeds``, trained at the best rate, which is their ``lr``.
+        The run of ``seeds`` at the best rate.
 
     Raises:
-        ValueError: If there are fewer than three rates, seeds are used twice, or the best rate
-            stands at an edge of the grid, which then has to be extended.
+        ValueError: As :func:`relubook.training.tuning.tune_rate` does.
     """
-    if len(rates) < 3 or list(rates) != sorted(rates):
-        raise ValueError(f"rates must be three or more in ascending order, not {list(rates)}")
-    tuning_seeds, seeds = _seeds(tuning_seeds), _seeds(seeds)
-    if twice := sorted(set(tuning_seeds) & set(seeds)):
-        raise ValueError(f"seeds and tuning_seeds share {twice}: the choice would favor them")
-    scores = []
-    for lr in rates:
-        tried = train_units(unit, recipe, x, y, seeds=tuning_seeds, lr=lr, **settings)
-        score = tried.score(*validation).mean().item()
-        scores.append(-math.inf if math.isnan(score) else score)
-    best = max(range(len(rates)), key=scores.__getitem__)
-    if best in (0, len(rates) - 1):
-        raise ValueError(
-            f"the best rate, {rates[best]}, stands at the edge of the grid {list(rates)}: extend it"
-        )
-    return train_units(
-        unit, recipe, x, y, seeds=seeds, lr=rates[best], learned_at=learned_at, **settings
-    )
+    data = SimpleNamespace(train=Split(x, y), validation=Split(*validation))
+    rate, _ = tune_rate(recipe, data, rates, seeds=tuning_seeds, **settings)
+    settings = {"record": []} | settings
+    return train(recipe.stack(seeds), x, y, lr=rate, each_step=each_step, **settings)
 
 
 def sparse_mixtures(
