@@ -88,7 +88,13 @@ def edit(package, module, old, new):
         ("from pack import c\nvars(c)", "c", "x - 1", "x - 2", True),
         ("import pack\nvars(pack)", "c", "x - 1", "x - 2", True),
         # What fills a registry counts where it is read.
-        ("from pack.tables import look_up\nlook_up('one')", "entries", "return x", "return -x", True),
+        (
+            "from pack.tables import look_up\nlook_up('one')",
+            "entries",
+            "return x",
+            "return -x",
+            True,
+        ),
         ("from pack.tables import look_up\nlook_up('two')", "entries", "2 * x", "4 * x", True),
         ("from pack.tables import look_up\nlook_up('3')", "entries", "3 * x", "5 * x", True),
         ("from pack.tables import LIMIT\nLIMIT", "entries", "2 * x", "4 * x", False),
@@ -139,7 +145,9 @@ def test_what_is_excluded_does_not_count(package):
 def test_cells_share_names_and_keep_their_bounds():
     one, two = "import torch as t", "x = t.ones(3)\nx.sum()"
     digest = code_digest(one, two)
-    assert digest == code_digest(f"{one}  # tensors", "from torch import ones\nx = ones(3)\nx.sum()")
+    assert digest == code_digest(
+        f"{one}  # tensors", "from torch import ones\nx = ones(3)\nx.sum()"
+    )
     assert digest != code_digest(one, *two.split("\n"))
     assert digest != code_digest("import numpy as t", two)
 
@@ -192,7 +200,9 @@ FIRST = dict.fromkeys(FUNCTIONS, "m")
 
 @settings(max_examples=40, deadline=None)
 @given(HOMES, STYLES, st.randoms(use_true_random=False))
-def test_a_move_changes_nothing_and_an_edit_does(tmp_path_factory, homes, styles, rng: random.Random):
+def test_a_move_changes_nothing_and_an_edit_does(
+    tmp_path_factory, homes, styles, rng: random.Random
+):
     def digest(homes, functions):
         folder = tmp_path_factory.mktemp("move") / "toy"
         return code_digest(spread(folder, homes, styles, functions), package=folder)
@@ -203,4 +213,3 @@ def test_a_move_changes_nothing_and_an_edit_does(tmp_path_factory, homes, styles
     name = rng.choice(list(FUNCTIONS))
     changed = FUNCTIONS[name].replace("return ", "return 2 * ").replace("= 3", "= 4")
     assert (digest(homes, FUNCTIONS | {name: changed}) == before) == (name == "spare")
-

@@ -21,7 +21,17 @@ _HERE = Path(__file__).parents[1]
 _OWN = "__main__"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
-_CHANGERS = {"add", "append", "extend", "insert", "pop", "register", "remove", "setdefault", "update"}
+_CHANGERS = {
+    "add",
+    "append",
+    "extend",
+    "insert",
+    "pop",
+    "register",
+    "remove",
+    "setdefault",
+    "update",
+}
 
 Key = tuple[str, str]  # a module and a name in it, "*" for all of the module
 

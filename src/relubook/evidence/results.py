@@ -145,7 +145,9 @@ class Computation:
         """
         grid = self.grid if grid is None else grid
         if set(grid) != set(self.grid):
-            raise ValueError(f"a slice of {self.name!r} must have {list(self.grid)}, not {list(grid)}")
+            raise ValueError(
+                f"a slice of {self.name!r} must have {list(self.grid)}, not {list(grid)}"
+            )
         for name, values in grid.items():
             for value in values:
                 if value not in self.grid[name]:
