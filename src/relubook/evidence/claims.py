@@ -29,22 +29,8 @@ from typing import Any
 from relubook.evidence._files import write_whole
 from relubook.evidence.statistics import Estimate
 
-__all__ = [
-    "Claim",
-    "Criterion",
-    "LedgerMismatchError",
-    "Part",
-    "Verdict",
-    "at_least",
-    "at_most",
-    "between",
-    "claim",
-    "claim_ids",
-    "equals",
-    "holds",
-    "ledger",
-    "part",
-]
+__all__ = ["Claim", "Criterion", "LedgerMismatchError", "Part", "Verdict", "at_least", "at_most"]
+__all__ += ["between", "claim", "claim_ids", "equals", "holds", "ledger", "part"]
 
 VERDICTS = ("confirmed", "refuted", "depends", "undecided", "cited")
 LEAST_SAMPLES = 30
@@ -52,14 +38,8 @@ MODES = ("check", "record", "notice")
 
 _DATA = Path(__file__).with_name("claims.toml")
 _RECORD = Path(__file__).with_name("verdicts.json")
-_MARKS = {"confirmed": "✓", "refuted": "✗", "depends": "±", "undecided": "?", "cited": "❝"}
-_COLORS = {
-    "confirmed": "#0072B2",
-    "refuted": "#D55E00",
-    "depends": "#CC79A7",
-    "undecided": "#999999",
-    "cited": "#999999",
-}
+_MARKS = dict(zip(VERDICTS, "✓✗±?❝", strict=True))
+_COLORS = dict(zip(VERDICTS, ("#0072B2", "#D55E00", "#CC79A7", "#999999", "#999999"), strict=True))
 
 Measured = Estimate | float | int | bool
 
@@ -92,8 +72,10 @@ class Criterion:
         Raises:
             ValueError: If the measured value is not finite: NaN is no evidence.
         """
-        exact = not isinstance(measured, Estimate)
-        low, high = (float(measured),) * 2 if exact else (measured.low, measured.high)
+        if isinstance(measured, Estimate):
+            low, high = measured.low, measured.high
+        else:
+            low = high = float(measured)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"what is measured must be finite evidence, not [{low}, {high}]")
         if self.low <= low and high <= self.high:
@@ -257,20 +239,15 @@ class Verdict:
     finding: str = ""
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [
-                f"Claim {self.claim.id} ({self.claim.whose})",
-                f"  {self.claim.statement}",
-                *(
-                    f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
-                    f"evidence: {p.stable_evidence}."
-                    for p in self.parts
-                ),
-                *(f"  source: {label}, {address}" for label, address in self.sources),
-                *([f"  {self.finding}"] if self.finding else []),
-                f"  Verdict: {self.verdict}{self._condition}",
-            ]
-        )
+        lines = [f"Claim {self.claim.id} ({self.claim.whose})", f"  {self.claim.statement}"]
+        for p in self.parts:
+            lines.append(
+                f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
+                f"evidence: {p.stable_evidence}."
+            )
+        lines += [f"  source: {label}, {address}" for label, address in self.sources]
+        lines += [f"  {self.finding}"] * bool(self.finding)
+        return "\n".join([*lines, f"  Verdict: {self.verdict}{self._condition}"])
 
     @property
     def _condition(self) -> str:
@@ -317,18 +294,11 @@ class Verdict:
         if not self.parts:
             evidence = [{"source": label, "url": url} for label, url in self.sources]
             return record | {"evidence": evidence, "finding": self.finding}
-        return record | {
-            "evidence": [
-                {
-                    "part": p.name,
-                    "prediction": p.prediction,
-                    "test": p.criterion.wording,
-                    "measured": p.evidence,
-                    "verdict": p.verdict,
-                }
-                for p in self.parts
-            ]
-        }
+        heads = ("part", "prediction", "test", "measured", "verdict")
+        rows = (
+            (p.name, p.prediction, p.criterion.wording, p.evidence, p.verdict) for p in self.parts
+        )
+        return record | {"evidence": [dict(zip(heads, row, strict=True)) for row in rows]}
 
     def agrees_with(self, record: Mapping[str, Any]) -> bool:
         """Whether verdict and the parts' verdicts are the recorded ones."""
@@ -489,7 +459,7 @@ def ledger() -> list[dict[str, Any]]:
 
     The verdict is None and the evidence empty while a claim is untested.
     """
-    empty = {"verdict": None, "depends_on": None, "evidence": [], "finding": None}
+    empty: dict[str, Any] = {"verdict": None, "depends_on": None, "evidence": [], "finding": None}
     records, known = _records(), _data()[0].values()
     facts = ("id", "statement", "chapter", "whose")
     return [
@@ -505,12 +475,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parser.parse_args(arguments).json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return 0
-    lines = [("id", "chapter", "verdict", "")]
-    lines += [(r["id"], r["chapter"], r["verdict"] or "untested", r["statement"]) for r in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:3]
-    for line in lines:
-        facts = (fact.ljust(width) for fact, width in zip(line, widths, strict=False))
-        print("  ".join([*facts, line[-1]]).rstrip())
+    for r in [{"id": "id", "chapter": "chapter", "verdict": "verdict", "statement": ""}, *rows]:
+        line = (
+            f"{r['id']:<25}  {r['chapter']:<27}  {r['verdict'] or 'untested':<9}  {r['statement']}"
+        )
+        print(line.rstrip())
     tested = sum(row["verdict"] is not None for row in rows)
     print(f"{tested} of {len(rows)} claims have a verdict")
     return 0

@@ -108,9 +108,12 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     if regression:
         y = ((y - y[:first].mean()) / y[:first].std()).unsqueeze(1).to(dtype)
     x = x.to(dtype)
-    parts = (slice(first), slice(first, second), slice(second, None))
     return Dataset(
-        name, *(Split(x[part], y[part]) for part in parts), 0 if regression else int(y.max()) + 1
+        name,
+        train=Split(x[:first], y[:first]),
+        validation=Split(x[first:second], y[first:second]),
+        test=Split(x[second:], y[second:]),
+        classes=0 if regression else int(y.max()) + 1,
     )
 
 

@@ -111,7 +111,7 @@ class _Module:
                     for key, value in zip(table.keys, table.values, strict=True):
                         if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
                             home = str(value.value).removeprefix(f"{self.name}.").lstrip(".")
-                            self.homes[key.value] = f"{self.name}.{home}"
+                            self.homes[str(key.value)] = f"{self.name}.{home}"
 
 
 class _Statement:

@@ -41,40 +41,22 @@ from relubook._optional import require
 from relubook.evidence._files import write_whole
 from relubook.evidence.fingerprint import code_digest
 
-__all__ = [
-    "MODULES",
-    "Computation",
-    "Results",
-    "assert_agrees",
-    "computation",
-    "compute",
-    "get",
-    "is_stale",
-    "load",
-    "main",
-    "result_names",
-]
+__all__ = ["MODULES", "Computation", "Results", "assert_agrees", "computation", "compute", "get"]
+__all__ += ["is_stale", "load", "main", "result_names"]
 
-MODULES: tuple[str, ...] = (
-    "chapters.born_dead",
-    "chapters.one_network",
-    "chapters.optimizer_maps",
-    "chapters.recurrent",
+MODULES: tuple[str, ...] = tuple(
+    f"chapters.{name}" for name in ("born_dead", "one_network", "optimizer_maps", "recurrent")
 )
 """Modules of the package that define computations; imported when one is asked for by name."""
 
 # They hold no part of a result; a change to them does not make one stale.
-_MECHANISM = (
-    "_optional",
-    "evidence._files",
-    "evidence.claims",
-    "evidence.fingerprint",
-    "evidence.results",
-)
+_MECHANISM = tuple(f"evidence.{m}" for m in ("_files", "claims", "fingerprint", "results"))
+_MECHANISM += ("_optional",)
 
 _REGISTRY: dict[str, "Computation"] = {}
 
 Cell = tuple[Any, ...]
+Grid = Mapping[str, Sequence[Any]]
 Measured = dict[str, list[float]]
 
 
@@ -93,7 +75,7 @@ class Results:
     """
 
     name: str
-    grid: Mapping[str, Sequence[Any]]
+    grid: Grid
     seeds: tuple[int, ...]
     cells: Mapping[Cell, Measured]
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -126,7 +108,7 @@ class Computation:
     """
 
     name: str
-    grid: Mapping[str, Sequence[Any]]
+    grid: Grid
     seeds: tuple[int, ...]
     function: Callable[..., Mapping[str, Sequence[float]]]
 
@@ -137,7 +119,7 @@ class Computation:
             return _named, (home, name)
         return Computation, tuple(getattr(self, entry.name) for entry in fields(self))
 
-    def points(self, grid: Mapping[str, Sequence[Any]] | None = None) -> list[Cell]:
+    def points(self, grid: Grid | None = None) -> list[Cell]:
         """Return the cells of the grid, or of a slice of it, in order.
 
         Raises:
@@ -172,12 +154,7 @@ class Computation:
             measured[quantity] = [_plain(number) for number in numbers]
         return measured
 
-    def run(
-        self,
-        *,
-        grid: Mapping[str, Sequence[Any]] | None = None,
-        seeds: Iterable[int] | None = None,
-    ) -> Results:
+    def run(self, *, grid: Grid | None = None, seeds: Iterable[int] | None = None) -> Results:
         """Compute a declared slice live: some values of each parameter, some seeds.
 
         Raises:
@@ -187,7 +164,7 @@ class Computation:
         if outside := sorted(set(chosen) - set(self.seeds)):
             raise ValueError(f"seed {outside[0]} must be among the seeds of {self.name!r}")
         cells = {key: self.measure(key, chosen) for key in self.points(grid)}
-        return Results(self.name, dict(grid or self.grid), chosen, cells)
+        return Results(self.name, dict(self.grid if grid is None else grid), chosen, cells)
 
     def fingerprint(self) -> str:
         """Return the digest of the function and of all that it uses of the package."""
@@ -196,7 +173,7 @@ class Computation:
 
 
 def computation(
-    name: str, *, grid: Mapping[str, Sequence[Any]], seeds: int | Iterable[int]
+    name: str, *, grid: Grid, seeds: int | Iterable[int]
 ) -> Callable[[Callable[..., Any]], Computation]:
     """Register a function as a named computation.
 
@@ -282,11 +259,8 @@ def is_stale(name: str, folder: Path | str | None = None) -> bool:
         FileNotFoundError: If nothing is stored under that name.
     """
     stored, declared = load(name, folder), get(name)
-    return (stored.record["fingerprint"], dict(stored.grid), stored.seeds) != (
-        declared.fingerprint(),
-        dict(declared.grid),
-        declared.seeds,
-    )
+    same = stored.seeds == declared.seeds and dict(stored.grid) == dict(declared.grid)
+    return not same or stored.record["fingerprint"] != declared.fingerprint()
 
 
 def assert_agrees(
@@ -316,28 +290,25 @@ def assert_agrees(
     for key, measured in live.cells.items():
         at = dict(zip(live.grid, key, strict=True))
         there = stored.cell(**at)
-        assert set(there) == set(measured), (
-            f"{stored.name} at {at} measured {set(there)}, not {set(measured)}"
-        )
+        words = f"{stored.name} at {at} measured {set(there)}, not {set(measured)}"
+        assert set(there) == set(measured), words
         for quantity, values in measured.items():
             limit = tolerance[quantity] if isinstance(tolerance, Mapping) else tolerance
             before = torch.tensor([there[quantity][place[seed]] for seed in live.seeds]).double()
             now = torch.tensor(values).double()
             where = f"{stored.name} at {at}, {quantity}"
             if limit == 0:
-                same = torch.equal(before.nan_to_num(), now.nan_to_num())
-                same = same and torch.equal(before.isnan(), now.isnan())
+                same = torch.equal(before.isnan(), now.isnan())
+                same = same and torch.equal(before.nan_to_num(), now.nan_to_num())
                 assert same, f"{where}: the numbers differ from those stored"
                 continue
             lost = [1 - side.isfinite().double().mean().item() for side in (before, now)]
-            assert abs(lost[0] - lost[1]) <= limit, (
-                f"{where}: {lost[1]:.3g} are non-finite, {lost[0]:.3g} stored"
-            )
+            words = f"{where}: {lost[1]:.3g} are non-finite, {lost[0]:.3g} stored"
+            assert abs(lost[0] - lost[1]) <= limit, words
             means = [side[side.isfinite()].mean().item() for side in (before, now)]
+            words = f"{where}: mean {means[1]:.4g}, stored {means[0]:.4g}, tolerance {limit:g}"
             # A side without finite numbers has no mean; the shares have agreed.
-            assert abs(means[0] - means[1]) <= limit or math.isnan(sum(means)), (
-                f"{where}: mean {means[1]:.4g}, stored {means[0]:.4g}, tolerance {limit:g}"
-            )
+            assert abs(means[0] - means[1]) <= limit or math.isnan(sum(means)), words
 
 
 def compute(name: str, folder: Path | str | None = None) -> Path:
@@ -365,13 +336,9 @@ def compute(name: str, folder: Path | str | None = None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     first, last = made.seeds[0], made.seeds[-1]
     in_order = made.seeds == tuple(range(first, last + 1))
-    head = {
-        "name": name,
-        "grid": dict(made.grid),
-        "seeds": {"first": first, "last": last} if in_order else made.seeds,
-        "fingerprint": made.fingerprint(),
-        "versions": _versions(),
-    }
+    seeds = {"first": first, "last": last} if in_order else made.seeds
+    head: dict[str, Any] = {"name": name, "grid": dict(made.grid), "seeds": seeds}
+    head |= {"fingerprint": made.fingerprint(), "versions": _versions()}
     partial, points = target / f"{name}.partial", made.points()
     done = _resume(partial, head)
     work = joblib.Parallel(n_jobs=int(jobs), return_as="generator_unordered")
