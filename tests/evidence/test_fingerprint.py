@@ -17,7 +17,7 @@ SOURCES = {
     "a": (
         '"""A."""\n\nimport math\n\nfrom pack.b import Base, beta\n\n'
         "FACTOR = 2  # two\n'''What to multiply by.'''\nUNUSED = 3\n\n\n"
-        'def alpha(x, target=None):\n    """Double."""\n    return beta(x) * FACTOR + math.pi\n\n\n'
+        'def alpha(x, target=None):\n    """Double."""\n    x = target or x\n    return beta(x) * FACTOR + math.pi\n\n\n'
         "def target():\n    return 'a namesake of a parameter'\n\n\n"
         "class Child(Base):\n    size: int = 1\n    '''Its size.'''\n"
     ),
@@ -74,6 +74,8 @@ def edit(package, module, old, new):
         ("from pack.a import alpha\nalpha(1)", "c", "x + 1", "x + 2", True),
         ("from pack.a import alpha\nalpha(1)", "tables", "LIMIT = 7", "LIMIT = 8", True),
         ("from pack.a import alpha as f\nf(1)", "a", "FACTOR + ", "FACTOR - ", True),
+        ("from pack.a import beta\nbeta(1)", "c", "x + 1", "x + 2", True),
+        ("from pack.a import beta\nbeta(1)", "a", "FACTOR = 2", "FACTOR = 4", False),
         ("import pack\npack.alpha(1)", "a", "FACTOR + ", "FACTOR - ", True),
         ("import pack as p\nwith p.alpha(1):\n    pass", "c", "x + 1", "x + 2", True),
         ("import pack.a\npack.a.alpha(1)", "c", "x + 1", "x + 2", True),

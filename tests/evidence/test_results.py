@@ -99,6 +99,7 @@ def threads(seeds, *, a):
 
 def test_workers_compute_in_parallel_on_one_thread_each(monkeypatch, tmp_path):
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     for jobs in ("2", "1"):
         monkeypatch.setenv("RELUBOOK_JOBS", jobs)
         compute("threads", tmp_path)
@@ -107,7 +108,8 @@ def test_workers_compute_in_parallel_on_one_thread_each(monkeypatch, tmp_path):
         assert {n for cell in stored.cells.values() for n in cell["threads"]} == {1}
         workers = {n for cell in stored.cells.values() for n in cell["worker"]}
         assert (os.getpid() in workers) == (jobs == "1")
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
     monkeypatch.setenv("RELUBOOK_JOBS", "0")
     with pytest.raises(ValueError, match="RELUBOOK_JOBS must be a number of 1 or more, not '0'"):
         compute("threads", tmp_path)
