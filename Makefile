@@ -54,7 +54,7 @@ record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the
 	$(RUN) book/_tools/notebooks.py --record $(NAMES)
 
 full: $(INSTALLED) ## compute the stored results of book/results (NAMES=...: some)
-	RELUBOOK_SCALE=full $(RUN) -m relubook.evidence.results $(NAMES)
+	RELUBOOK_SCALE=full $(RUN) -m relubook results $(NAMES)
 
 serve: $(INSTALLED) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve

@@ -3,8 +3,8 @@
 Run by `make notebooks`, and by `make elsewhere`, which stores nothing.  A chapter is book/NAME.md
 (MyST text, the source) with book/NAME.ipynb (the same cells with their outputs).  A chapter whose
 stamp is fresh is not run again: its prose is synced, its outputs stay.  The stamp covers the
-chapter's code, the source of the package modules it imports, the wording of its claims and the
-versions of the libraries that decide its numbers.
+chapter's code, the code of the package that it reaches, the wording of its claims and the versions
+of the libraries that decide its numbers.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from relubook.evidence.claims import ledger
-from relubook.evidence.fingerprint import imported_modules, sources_digest
+from relubook.evidence.fingerprint import code_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -51,7 +51,8 @@ ELSEWHERE = {
 }
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+?(?=[\s\"'#)@]|\.git\b|$)", re.M)
-COMMENT = re.compile(r"^ *#.*\n?", re.M)
+# The registry would bring in all computations, whichever a chapter runs.
+ASIDE = ("evidence.results._REGISTRY", "evidence.fingerprint")
 KEPT_METADATA = ("tags", "mystnb", "cellView", "jupyter")
 
 
@@ -105,27 +106,37 @@ def library_versions() -> dict[str, str]:
 def fingerprint(notebook: NotebookNode) -> str:
     """Return the digest of all that a chapter's outputs depend on.
 
-    Neither lines of comment nor the repository's address count: a project that moves keeps its
-    stamps.
+    Neither comments, imports and layout nor the repository's address count, and of the package
+    only the code that the cells reach: a project or a function that moves keeps its stamps.
     """
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    joined = "\n".join(python_of(source) for source in code)
+    code = [python_of(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    joined = "\n".join(code)
+    stored = [path for path in sorted(RESULTS.glob("*.json")) if _names(joined, path.stem)]
     facts = {
-        "code": [ADDRESS.sub("ADDRESS", COMMENT.sub("", source).strip()) for source in code],
-        "package": sources_digest(imported_modules(joined)),
+        "code": code_digest(*(ADDRESS.sub("ADDRESS", source) for source in code), exclude=ASIDE),
         "claims": {
             row["id"]: (row["whose"], row["statement"])
             for row in ledger()
-            if f'claim("{row["id"]}")' in joined
+            if _names(joined, row["id"])
         },
-        "results": {
-            name: hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()
-            for name in re.findall(r"\bload\(\s*[\"']([\w-]+)[\"']", joined)
-            if (RESULTS / f"{name}.json").exists()
-        },
+        "results": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in stored},
+        "computations": _computations(joined),
         "versions": library_versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _names(code: str, name: str) -> bool:
+    return f'"{name}"' in code or f"'{name}'" in code
+
+
+def _computations(code: str) -> dict[str, str]:
+    """Return the fingerprints of the computations that a chapter runs anew."""
+    if not re.search(r"(?<![.\w])get\(", code):
+        return {}
+    from relubook.evidence.results import get, result_names
+
+    return {name: get(name).fingerprint() for name in result_names() if _names(code, name)}
 
 
 def is_fresh(chapter: Path) -> bool:

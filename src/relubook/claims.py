@@ -1,6 +1,6 @@
-"""The ledger, as `python -m relubook.claims [--json]`."""
+"""The ledger, as ``python -m relubook.claims [--json]``."""
 
 from relubook.evidence.claims import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -259,7 +259,7 @@ class TestPipeline:
         assert notebooks.refresh(chapter) == "unchanged"
 
     def test_changed_package_is_stale(self, chapter, monkeypatch):
-        monkeypatch.setattr(notebooks, "sources_digest", lambda names: "another package")
+        monkeypatch.setattr(notebooks, "code_digest", lambda *code, exclude: "another package")
         assert not notebooks.is_fresh(chapter)
 
     def test_changed_library_is_stale(self, chapter, monkeypatch):

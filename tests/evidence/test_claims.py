@@ -104,6 +104,40 @@ def test_small_samples_are_refused():
         part("a", "b", estimate(0, 1, n=3), at_least(0))
 
 
+@pytest.mark.parametrize(
+    ("test", "criterion"),
+    [
+        ({"at_least": 2}, at_least(2)),
+        ({"at_most": 3}, at_most(3)),
+        ({"between": (1, 3)}, between(1, 3)),
+        ({"equals": 2}, equals(2)),
+        ({"equals": 2, "tolerance": 0.5}, equals(2, tolerance=0.5)),
+    ],
+)
+def test_a_test_is_declared_as_a_keyword(test, criterion):
+    assert part("a", "b", 2.0, **test) == part("a", "b", 2.0, criterion)
+
+
+def test_a_truth_value_must_hold():
+    assert part("a", "b", True) == part("a", "b", True, holds())
+    assert part("a", "b", False).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("test", "named"),
+    [
+        ({}, "none"),
+        ({"at_leats": 2}, "at_leats"),
+        ({"at_least": 2, "at_most": 3}, "at_least, at_most"),
+        ({"criterion": holds(), "at_most": 3}, "at_most"),
+        ({"at_least": 2, "tolerance": 1}, "at_least, tolerance"),
+    ],
+)
+def test_one_test_must_be_declared(test, named):
+    with pytest.raises(TypeError, match=f"'a' must declare one test: .*; not {named}"):
+        part("a", "b", 2.0, **test)
+
+
 def test_what_is_no_measurement_is_refused():
     with pytest.raises(TypeError, match="measured a str"):
         part("a", "b", "large", at_least(0))
@@ -113,9 +147,9 @@ def test_check_needs_distinct_parts_and_a_condition():
     yes, no = part("a", "x", True, holds()), part("b", "y", False, holds())
     with pytest.raises(ValueError, match="at least one part"):
         claim("cheap").check()
-    with pytest.raises(ValueError, match=r"several parts named \['a'\]"):
+    with pytest.raises(ValueError, match=r"name of its own: \['a'\]"):
         claim("cheap").check(yes, yes)
-    with pytest.raises(ValueError, match="say on what with depends_on"):
+    with pytest.raises(ValueError, match="depends_on= must say on what"):
         claim("cheap").check(yes, no)
 
 
@@ -215,8 +249,9 @@ def test_command_line(capsys):
 
 
 @pytest.mark.slow
-def test_module_runs():
-    command = [sys.executable, "-m", "relubook.evidence.claims", "--json"]
+@pytest.mark.parametrize("module", ["relubook.claims", "relubook claims"])
+def test_module_runs(module):
+    command = [sys.executable, "-m", *module.split(), "--json"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert len(json.loads(output)) == 87
 

@@ -1,4 +1,4 @@
-"""Data sets that ship with scikit-learn, targets of known formula, outliers."""
+"""Data sets that ship with scikit-learn, targets of known formula."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relubook.evidence.data import DATASETS, TARGETS, dataset, inject_outliers, target
+from relubook.evidence.data import DATASETS, TARGETS, dataset, target
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -70,7 +70,7 @@ def test_target_formulas(a, b):
     x = torch.tensor([[a]], dtype=torch.float64)
     assert target("absolute").function(x).item() == abs(a)
     assert target("x_sine").function(x).item() == pytest.approx(a * math.sin(5 * a))
-    assert target("square").function(x).item() == pytest.approx(a * a)
+    assert target("sine").function(x).item() == pytest.approx(math.sin(3 * a))
     step = target("step_sine").function(x).item()
     assert step == pytest.approx((a > 0) + 0.2 * math.sin(5 * a))
     pair = target("absolute_pair").function(torch.tensor([[a, b]], dtype=torch.float64))
@@ -80,26 +80,3 @@ def test_target_formulas(a, b):
 def test_target_needs_rows():
     with pytest.raises(ValueError, match="n must be at least 1, not 0"):
         target("absolute").sample(0, generator=torch.Generator())
-
-
-@given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 9))
-def test_outliers(n, share, seed):
-    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
-    original = x.clone()
-    changed, mask = inject_outliers(
-        x, share=share, size=100, generator=torch.Generator().manual_seed(seed)
-    )
-    assert torch.equal(x, original)
-    assert mask.sum() == round(share * n)
-    assert torch.equal(changed[~mask], x[~mask])
-    assert torch.equal(changed[mask], 100 * x[mask])
-
-
-def test_outliers_refuse_bad_input():
-    x, generator = torch.zeros(3, 2), torch.Generator()
-    with pytest.raises(ValueError, match="share must lie between 0 and 1"):
-        inject_outliers(x, share=1.5, size=2, generator=generator)
-    with pytest.raises(ValueError, match="size must be a finite number"):
-        inject_outliers(x, share=0.5, size=math.inf, generator=generator)
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        inject_outliers(x / 0, share=0.5, size=2, generator=generator)

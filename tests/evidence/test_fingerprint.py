@@ -1,87 +1,217 @@
-import subprocess
-import sys
+"""A fingerprint counts the code of what is used, wherever it lives."""
+
+import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from relubook.evidence.fingerprint import imported_modules, module_closure, sources_digest
+from relubook.evidence.fingerprint import code_digest
+
+SOURCES = {
+    "__init__": (
+        'import importlib\n\n_HOME = {"alpha": "a", "rooms": "room.deep"}\n\n\n'
+        "def __getattr__(name):\n"
+        '    return getattr(importlib.import_module(f"pack.{_HOME[name]}"), name)\n'
+    ),
+    "a": (
+        '"""A."""\n\nimport math\n\nfrom pack.b import Base, beta\n\n'
+        "FACTOR = 2  # two\n'''What to multiply by.'''\nUNUSED = 3\n\n\n"
+        'def alpha(x, target=None):\n    """Double."""\n    x = target or x\n    return beta(x) * FACTOR + math.pi\n\n\n'
+        "def target():\n    return 'a namesake of a parameter'\n\n\n"
+        "class Child(Base):\n    size: int = 1\n    '''Its size.'''\n"
+    ),
+    "b": (
+        "import math\n\nfrom pack import tables\n\n\n"
+        "def beta(x):\n    from . import c\n\n    return c.gamma(x) + tables.LIMIT\n\n\n"
+        "class Base:\n    def run(self):\n        return math.e\n\n\n"
+        "def lonely():\n    return 5\n"
+    ),
+    "c": "def gamma(x):\n    return x + 1\n\n\ndef delta(x):\n    return x - 1\n",
+    "tables": (
+        "REGISTRY = {}\nLIMIT = 7\n\n\n"
+        "def register(name):\n    def add(function):\n"
+        "        REGISTRY[name] = function\n        return function\n\n    return add\n\n\n"
+        "def look_up(name):\n    return REGISTRY[name]\n"
+    ),
+    "entries": (
+        "from pack import tables\nfrom pack.tables import REGISTRY, register\n\n\n"
+        "@register('one')\ndef first(x):\n    return x\n\n\n"
+        "def second(x):\n    return 2 * x\n\n\nREGISTRY.update(two=second)\n"
+        "tables.REGISTRY['three'] = lambda x: 3 * x\n"
+    ),
+    "room/__init__": "",
+    "room/deep": "from ..c import delta\n\n\ndef floor(x):\n    return delta(x)\n",
+}
+
+
+def write(folder, sources):
+    for name, source in sources.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return folder
 
 
 @pytest.fixture
 def package(tmp_path):
-    folder = tmp_path / "pack"
-    folder.mkdir()
-    sources = {
-        "__init__": '_HOME = {"alpha": "a", "beta": "b"}\n',
-        "a": '"""A."""\n\nfrom pack.b import beta\n\nx = 1  # one\n',
-        "b": "def beta():\n    '''Say.'''\n    from . import c\n\n    return c\n",
-        "c": "import math\n",
-        "lonely": "import pack.a\n",
-    }
-    for name, source in sources.items():
-        (folder / f"{name}.py").write_text(source)
-    return folder
+    return write(tmp_path / "pack", SOURCES)
 
 
-@pytest.mark.parametrize(
-    ("code", "modules"),
-    [
-        ("import pack.a", ["a"]),
-        ("from pack import alpha", ["a"]),
-        ("from pack import b, c", ["b", "c"]),
-        ("from pack.b import beta", ["b"]),
-        ("import pack\npack.alpha()", ["a"]),
-        ("import pack as p\nwith p.beta():\n    p.lonely", ["b", "lonely"]),
-        ("def f():\n    from pack import *", ["a", "b"]),
-        ("import pack\npack.__version__", []),
-        ("import math, packed\npacked.alpha", []),
-    ],
-)
-def test_direct_imports(package, code, modules):
-    assert imported_modules(code, package=package) == modules
-
-
-def test_closure_follows_imports_and_resolves_public_names(package):
-    assert module_closure(["c"], package=package) == ["c"]
-    for name in ("a", "pack.a", "alpha", "pack.alpha", "pack"):
-        assert module_closure([name], package=package) == ["a", "b", "c"]
-    assert module_closure(["a"], package=package, exclude=["b"]) == ["a"]
-    assert module_closure(["lonely"], package=package) == ["a", "b", "c", "lonely"]
-
-
-def test_unknown_name(package):
-    with pytest.raises(ValueError, match="'nothing' is neither"):
-        module_closure(["nothing"], package=package)
-
-
-@pytest.mark.parametrize(
-    ("module", "old", "new", "stale"),
-    [
-        ("c", "import math", "import cmath", True),
-        ("a", "x = 1", "x = 2", True),
-        ("a", "# one", "# the first", False),
-        ("a", '"""A."""', '"""About\n\nA."""', False),
-        ("b", "Say.", "Say it.", False),
-        ("lonely", "import pack.a", "import pack.b", False),
-        ("__init__", "beta", "gamma", False),
-    ],
-)
-def test_digest_changes_with_the_code_alone(package, module, old, new, stale):
-    before = sources_digest(["a"], package=package)
+def edit(package, module, old, new):
     path = package / f"{module}.py"
-    path.write_text(path.read_text().replace(old, new))
-    assert (sources_digest(["a"], package=package) != before) is stale
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
-def test_digest_ignores_line_endings(package):
-    before = sources_digest(["a"], package=package)
-    path = package / "a.py"
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert sources_digest(["a"], package=package) == before
+@pytest.mark.parametrize(
+    ("code", "module", "old", "new", "counts"),
+    [
+        # What is used counts, through functions, modules, classes, facades and local imports.
+        ("from pack.a import alpha\nalpha(1)", "a", "FACTOR + ", "FACTOR - ", True),
+        ("from pack.a import alpha\nalpha(1)", "a", "FACTOR = 2", "FACTOR = 4", True),
+        ("from pack.a import alpha\nalpha(1)", "c", "x + 1", "x + 2", True),
+        ("from pack.a import alpha\nalpha(1)", "tables", "LIMIT = 7", "LIMIT = 8", True),
+        ("from pack.a import alpha as f\nf(1)", "a", "FACTOR + ", "FACTOR - ", True),
+        ("from pack.a import beta\nbeta(1)", "c", "x + 1", "x + 2", True),
+        ("from pack.a import beta\nbeta(1)", "a", "FACTOR = 2", "FACTOR = 4", False),
+        ("import pack\npack.alpha(1)", "a", "FACTOR + ", "FACTOR - ", True),
+        ("import pack as p\nwith p.alpha(1):\n    pass", "c", "x + 1", "x + 2", True),
+        ("import pack.a\npack.a.alpha(1)", "c", "x + 1", "x + 2", True),
+        ("from pack import alpha\nx = [alpha(1) for _ in 'ab']", "c", "x + 1", "x + 2", True),
+        ("import pack\npack.rooms.floor(1)", "c", "x - 1", "x - 2", True),
+        ("from pack.room import deep\ndeep.floor(1)", "c", "x - 1", "x - 2", True),
+        ("from pack import *\nalpha(1)", "c", "x + 1", "x + 2", True),
+        ("from pack.a import Child\nChild()", "b", "math.e", "math.pi", True),
+        ("from pack.a import Child\nChild()", "a", "size: int = 1", "size: int = 2", True),
+        ("from pack.a import alpha\nalpha(1)", "a", "import math", "import cmath as math", True),
+        # A module passed on as a value may give anything.
+        ("from pack import c\nvars(c)", "c", "x - 1", "x - 2", True),
+        ("import pack\nvars(pack)", "c", "x - 1", "x - 2", True),
+        # What fills a registry counts where it is read.
+        (
+            "from pack.tables import look_up\nlook_up('one')",
+            "entries",
+            "return x",
+            "return -x",
+            True,
+        ),
+        ("from pack.tables import look_up\nlook_up('two')", "entries", "2 * x", "4 * x", True),
+        ("from pack.tables import look_up\nlook_up('3')", "entries", "3 * x", "5 * x", True),
+        ("from pack.tables import LIMIT\nLIMIT", "entries", "2 * x", "4 * x", False),
+        # What is not used does not, nor does what is no code.
+        ("from pack.a import alpha\nalpha(1)", "a", "UNUSED = 3", "UNUSED = 4", False),
+        ("from pack.a import alpha\nalpha(1)", "a", "a namesake", "of the same name", False),
+        ("from pack.a import alpha\nalpha(1)", "b", "return 5", "return 6", False),
+        ("from pack.a import alpha\nalpha(1)", "c", "x - 1", "x - 2", False),
+        ("from pack.a import alpha\nalpha(1)", "a", "  # two", "  # the second", False),
+        ("from pack.a import alpha\nalpha(1)", "a", "Double.", "Do it twice.", False),
+        ("from pack.a import alpha\nalpha(1)", "a", "'''What to multiply by.'''\n", "", False),
+        ("from pack.a import Child\nChild()", "a", "'''Its size.'''", "'''How large.'''", False),
+        ("from pack.a import alpha\nalpha(1)", "c", "x + 1", "(x +\n            1)", False),
+        ("from pack.a import alpha\nalpha(1)", "c", "\n", "\r\n", False),
+    ],
+)
+def test_what_counts(package, code, module, old, new, counts):
+    before = code_digest(code, package=package)
+    edit(package, module, old, new)
+    assert (code_digest(code, package=package) != before) is counts
 
 
-def test_closure_covers_what_python_really_imports():
-    """The static reading finds no less than the interpreter does."""
-    code = "import sys, relubook.layers.initializers; print(*[m for m in sys.modules if m[:9] == 'relubook.'])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.removeprefix("relubook.") for name in run.stdout.split()}
-    assert loaded <= set(module_closure(["init"]))
+def test_only_takes_one_definition(package):
+    code = "from pack.c import gamma, delta\n\ndef f():\n    gamma(1)\n\ndef g():\n    delta(1)\n"
+    whole, one = (code_digest(code, only=only, package=package) for only in (None, "f"))
+    edit(package, "c", "x - 1", "x - 2")
+    assert code_digest(code, only="f", package=package) == one
+    assert code_digest(code, package=package) != whole
+    edit(package, "c", "x + 1", "x + 2")
+    assert code_digest(code, only="f", package=package) != one
+    with pytest.raises(ValueError, match="must be a definition of the code, not 'h'"):
+        code_digest(code, only="h", package=package)
+
+
+def test_what_is_excluded_does_not_count(package):
+    code = "from pack.a import alpha\nalpha(1)"
+    for module, old, name in (
+        ("b", "c.gamma(x)", "b"),
+        ("c", "x + 1", "b"),
+        ("c", "x + 1 + 1", "c.gamma"),
+    ):
+        before, whole = (code_digest(code, package=package, exclude=e) for e in ([name], []))
+        edit(package, module, old, f"{old} + 1")
+        assert code_digest(code, package=package, exclude=[name]) == before
+        assert code_digest(code, package=package) != whole
+
+
+def test_cells_share_names_and_keep_their_bounds():
+    one, two = "import torch as t", "x = t.ones(3)\nx.sum()"
+    digest = code_digest(one, two)
+    assert digest == code_digest(
+        f"{one}  # tensors", "from torch import ones\nx = ones(3)\nx.sum()"
+    )
+    assert digest != code_digest(one, *two.split("\n"))
+    assert digest != code_digest("import numpy as t", two)
+
+
+# Moving: the same functions, spread over modules and rooms in any way, imported in any style.
+
+FUNCTIONS = {
+    "low": "def low(x):\n    return x + CONSTANT",
+    "CONSTANT": "CONSTANT = 3",
+    "Middle": "class Middle:\n    def run(self, x):\n        return low(x) * CONSTANT",
+    "deco": "def deco(f):\n    return f",
+    "high": "@deco\ndef high(x):\n    return Middle().run(x)",
+    "spare": "def spare(x):\n    return high(x)",
+}
+NEEDS = {
+    "low": ["CONSTANT"],
+    "CONSTANT": [],
+    "Middle": ["low", "CONSTANT"],
+    "deco": [],
+    "high": ["deco", "Middle"],
+    "spare": ["high"],
+}
+
+
+def spread(folder, homes, styles, functions):
+    """Write the toy package with each definition in its home, its needs imported from theirs."""
+    texts: dict[str, list[str]] = {home: [] for home in homes.values()}
+    for name, source in functions.items():
+        home = homes[name]
+        for need in NEEDS[name]:
+            there = homes[need]
+            if there == home:
+                continue
+            if styles[name] == "attribute":
+                parent, _, last = f"toy/{there}".rpartition("/")
+                texts[home].insert(0, f"from {parent.replace('/', '.')} import {last} as {need}_")
+                source = source.replace(need, f"{need}_.{need}")
+            else:
+                texts[home].insert(0, f"from toy.{there.replace('/', '.')} import {need}")
+        texts[home].append(source)
+    write(folder, {home: "\n".join(lines) + "\n" for home, lines in texts.items()})
+    where = homes["high"].replace("/", ".")
+    return f"from toy.{where} import high\nprint(high(1))"
+
+
+HOMES = st.fixed_dictionaries(dict.fromkeys(FUNCTIONS, st.sampled_from(["m", "n", "r/p", "r/q"])))
+STYLES = st.fixed_dictionaries(dict.fromkeys(FUNCTIONS, st.sampled_from(["name", "attribute"])))
+FIRST = dict.fromkeys(FUNCTIONS, "m")
+
+
+@settings(max_examples=40, deadline=None)
+@given(HOMES, STYLES, st.randoms(use_true_random=False))
+def test_a_move_changes_nothing_and_an_edit_does(
+    tmp_path_factory, homes, styles, rng: random.Random
+):
+    def digest(homes, functions):
+        folder = tmp_path_factory.mktemp("move") / "toy"
+        return code_digest(spread(folder, homes, styles, functions), package=folder)
+
+    before = digest(FIRST, FUNCTIONS)
+    shuffled = dict(rng.sample(list(FUNCTIONS.items()), len(FUNCTIONS)))
+    assert digest(homes, shuffled) == before
+    name = rng.choice(list(FUNCTIONS))
+    changed = FUNCTIONS[name].replace("return ", "return 2 * ").replace("= 3", "= 4")
+    assert (digest(homes, FUNCTIONS | {name: changed}) == before) == (name == "spare")

@@ -30,5 +30,5 @@ def test_bad_input():
         interleaved_seconds({})
     with pytest.raises(ValueError, match="at least 1"):
         interleaved_seconds({"a": int}, repeats=0)
-    with pytest.raises(ValueError, match="same rounds, not 2 and 1"):
+    with pytest.raises(ValueError, match="must have the same rounds, not 2 and 1"):
         ratio_interval([1, 2], [1])

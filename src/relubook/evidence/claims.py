@@ -3,48 +3,34 @@
 A chapter states a claim, declares its tests, measures, and ends with one cell::
 
     claim("cheap").check(
-        part("elementwise", "sigmoid takes at least twice as long", ratio, at_least(2.0)),
-        part("whole step", "so does a training step", step_ratio, at_least(2.0)),
+        part("elementwise", "sigmoid takes at least twice as long", ratio, at_least=2.0),
+        part("whole step", "so does a training step", step_ratio, at_least=2.0),
         depends_on="what is timed: the function alone, or a training step",
     )
 
-``python -m relubook.evidence.claims`` prints the ledger, with ``--json`` for programs.
+``python -m relubook claims`` prints the ledger, with ``--json`` for programs.
 """
 
 import argparse
-import contextlib
 import difflib
 import functools
 import html
 import json
 import math
 import os
-import tempfile
 import tomllib
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from relubook.evidence._files import write_whole
 from relubook.evidence.statistics import Estimate
 
-__all__ = [
-    "Claim",
-    "Criterion",
-    "LedgerMismatchError",
-    "Part",
-    "Verdict",
-    "at_least",
-    "at_most",
-    "between",
-    "claim",
-    "claim_ids",
-    "equals",
-    "holds",
-    "ledger",
-    "part",
-]
+__all__ = ["Claim", "Criterion", "LedgerMismatchError", "Part", "Verdict", "at_least", "at_most"]
+__all__ += ["between", "claim", "claim_ids", "equals", "holds", "ledger", "part"]
 
 VERDICTS = ("confirmed", "refuted", "depends", "undecided", "cited")
 LEAST_SAMPLES = 30
@@ -52,14 +38,8 @@ MODES = ("check", "record", "notice")
 
 _DATA = Path(__file__).with_name("claims.toml")
 _RECORD = Path(__file__).with_name("verdicts.json")
-_MARKS = {"confirmed": "✓", "refuted": "✗", "depends": "±", "undecided": "?", "cited": "❝"}
-_COLORS = {
-    "confirmed": "#0072B2",
-    "refuted": "#D55E00",
-    "depends": "#CC79A7",
-    "undecided": "#999999",
-    "cited": "#999999",
-}
+_MARKS = dict(zip(VERDICTS, "✓✗±?❝", strict=True))
+_COLORS = dict(zip(VERDICTS, ("#0072B2", "#D55E00", "#CC79A7", "#999999", "#999999"), strict=True))
 
 Measured = Estimate | float | int | bool
 
@@ -85,8 +65,8 @@ class Criterion:
     def judge(self, measured: Measured) -> str:
         """Return ``"confirmed"``, ``"refuted"`` or ``"undecided"``.
 
-        An :class:`~relubook.evidence.statistics.Estimate` passes when its whole interval lies inside the
-        range, fails when its whole interval lies outside on one side, and settles nothing
+        An :class:`~relubook.evidence.statistics.Estimate` passes when its whole interval lies
+        inside the range, fails when all of it lies outside on one side, and settles nothing
         otherwise. An exact number passes or fails.
 
         Raises:
@@ -97,7 +77,7 @@ class Criterion:
         else:
             low = high = float(measured)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"a test needs finite evidence, not [{low}, {high}]")
+            raise ValueError(f"what is measured must be finite evidence, not [{low}, {high}]")
         if self.low <= low and high <= self.high:
             return "confirmed"
         if high < self.low or low > self.high:
@@ -127,7 +107,7 @@ def between(low: float, high: float) -> Criterion:
     """Test that a quantity lies in ``[low, high]``: an equivalence test when given an interval."""
     _finite(low=low, high=high)
     if low > high:
-        raise ValueError(f"between needs low <= high, not {low!r} > {high!r}")
+        raise ValueError(f"between must have low <= high, not {low!r} > {high!r}")
     return Criterion(low, high, f"between {low:g} and {high:g}")
 
 
@@ -177,7 +157,17 @@ class Part:
         return self.evidence if isinstance(self.measured, bool | int) else "a computed number"
 
 
-def part(name: str, prediction: str, measured: Any, criterion: Criterion) -> Part:
+_CRITERIA: Mapping[str, Callable[..., Criterion]] = {
+    "at_least": at_least,
+    "at_most": at_most,
+    "between": lambda ends: between(*ends),
+    "equals": equals,
+}
+
+
+def part(
+    name: str, prediction: str, measured: Any, criterion: Criterion | None = None, **test: Any
+) -> Part:
     """State one prediction of a claim.
 
     Args:
@@ -185,29 +175,41 @@ def part(name: str, prediction: str, measured: Any, criterion: Criterion) -> Par
         prediction: What the claim implies here, as a sentence.
         measured: What was measured: an ``Estimate`` where chance plays a part, else a number or a
             truth value (zero-dimensional tensors and arrays count).
-        criterion: The declared test: :func:`at_least`, :func:`at_most`, :func:`between`,
-            :func:`equals` or :func:`holds`.
+        criterion: The declared test as an object, such as ``at_least(0.05)``.
+        **test: The same as a keyword: ``at_least=``, ``at_most=``, ``between=(low, high)`` or
+            ``equals=``, the last perhaps with ``tolerance=``. Without any, a truth value must hold.
 
     Returns:
         The part, for :meth:`Claim.check`.
 
     Raises:
-        TypeError: If the measured quantity is none of these.
+        TypeError: If the measured quantity is none of these, or not exactly one test is declared.
         ValueError: If an estimate rests on fewer than 30 independent samples, or is not finite.
     """
     if isinstance(measured, Estimate):
         if measured.n < LEAST_SAMPLES:
             raise ValueError(
                 f"part {name!r} rests on {measured.n} independent samples; "
-                f"a claim needs at least {LEAST_SAMPLES}"
+                f"it must rest on at least {LEAST_SAMPLES}"
             )
     elif hasattr(measured, "item"):
         measured = measured.item()
     if not isinstance(measured, Estimate | bool | int | float):
         raise TypeError(
             f"part {name!r} measured a {type(measured).__name__}; "
-            "pass an Estimate, a number or a truth value"
+            "it must be an Estimate, a number or a truth value"
         )
+    options = {"tolerance": test.pop("tolerance")} if {"equals", "tolerance"} <= set(test) else {}
+    if criterion is None and not test and isinstance(measured, bool):
+        criterion = holds()
+    if len(test) + (criterion is not None) != 1 or set(test) - set(_CRITERIA):
+        raise TypeError(
+            f"part {name!r} must declare one test: {', '.join(f'{key}=' for key in _CRITERIA)} "
+            f"or a criterion; not {', '.join(test) or 'none'}"
+        )
+    for key, value in test.items():
+        criterion = _CRITERIA[key](value, **options)
+    assert criterion is not None
     result = Part(name, prediction, measured, criterion)
     _ = result.verdict
     return result
@@ -237,26 +239,21 @@ class Verdict:
     finding: str = ""
 
     def __repr__(self) -> str:
-        lines = [
-            f"Claim {self.claim.id} ({self.claim.whose})",
-            f"  {self.claim.statement}",
-        ]
-        lines += [
-            f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
-            f"evidence: {p.stable_evidence}."
-            for p in self.parts
-        ]
+        lines = [f"Claim {self.claim.id} ({self.claim.whose})", f"  {self.claim.statement}"]
+        for p in self.parts:
+            lines.append(
+                f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
+                f"evidence: {p.stable_evidence}."
+            )
         lines += [f"  source: {label}, {address}" for label, address in self.sources]
-        lines += [f"  {self.finding}"] if self.finding else []
-        lines.append(f"  Verdict: {self.verdict}{self._condition}")
-        return "\n".join(lines)
+        lines += [f"  {self.finding}"] * bool(self.finding)
+        return "\n".join([*lines, f"  Verdict: {self.verdict}{self._condition}"])
 
     @property
     def _condition(self) -> str:
         return f" on {self.depends_on}" if self.depends_on else ""
 
     def _repr_html_(self) -> str:
-        color = _COLORS[self.verdict]
         cell = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
         rows = "".join(
             f"<tr><td {cell}><b>{html.escape(p.name)}</b>: {html.escape(p.prediction)}</td>"
@@ -266,26 +263,23 @@ class Verdict:
             "</td></tr>"
             for p in self.parts
         )
-        table = ""
-        if rows:
-            heads = "".join(
-                f'<th scope="col" {cell}>{head}</th>'
-                for head in ("Prediction", "Test", "Evidence", "Verdict")
-            )
-            table = (
-                '<div style="overflow-x: auto" tabindex="0" role="region" '
-                f'aria-label="Tests of the claim {self.claim.id}">'
-                f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-            )
+        names = ("Prediction", "Test", "Evidence", "Verdict")
+        heads = "".join(f'<th scope="col" {cell}>{name}</th>' for name in names)
+        table = (
+            '<div style="overflow-x: auto" tabindex="0" role="region" '
+            f'aria-label="Tests of the claim {self.claim.id}">'
+            f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
         sources = "".join(
             f'<li><a href="{html.escape(address)}">{html.escape(label)}</a></li>'
             for label, address in self.sources
         )
         return (
-            f'<div class="claim" style="border: 1px solid {color}; border-left-width: .4em; '
-            'padding: .4em .8em; margin: .6em 0">'
+            f'<div class="claim" style="border: 1px solid {_COLORS[self.verdict]}; '
+            'border-left-width: .4em; padding: .4em .8em; margin: .6em 0">'
             f"<p><b>Claim</b> <code>{self.claim.id}</code> · {html.escape(self.claim.whose)}<br>"
-            f"{html.escape(self.claim.statement)}</p>{table}"
+            f"{html.escape(self.claim.statement)}</p>"
+            + (table if rows else "")
             + (f"<ul>{sources}</ul>" if sources else "")
             + (f"<p>{html.escape(self.finding)}</p>" if self.finding else "")
             + f"<p><b>Verdict: {_MARKS[self.verdict]} {self.verdict}</b>"
@@ -297,33 +291,23 @@ class Verdict:
         record: dict[str, Any] = {"verdict": self.verdict}
         if self.depends_on:
             record["depends_on"] = self.depends_on
-        if self.parts:
-            record["evidence"] = [
-                {
-                    "part": p.name,
-                    "prediction": p.prediction,
-                    "test": p.criterion.wording,
-                    "measured": p.evidence,
-                    "verdict": p.verdict,
-                }
-                for p in self.parts
-            ]
-        else:
-            record["evidence"] = [{"source": label, "url": url} for label, url in self.sources]
-            record["finding"] = self.finding
-        return record
+        if not self.parts:
+            evidence = [{"source": label, "url": url} for label, url in self.sources]
+            return record | {"evidence": evidence, "finding": self.finding}
+        heads = ("part", "prediction", "test", "measured", "verdict")
+        rows = (
+            (p.name, p.prediction, p.criterion.wording, p.evidence, p.verdict) for p in self.parts
+        )
+        return record | {"evidence": [dict(zip(heads, row, strict=True)) for row in rows]}
 
     def agrees_with(self, record: Mapping[str, Any]) -> bool:
         """Whether verdict and the parts' verdicts are the recorded ones."""
-        mine = self.as_record()
-
-        def key(entry: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-            return [
-                (e.get("part"), e.get("test"), e.get("verdict"), e.get("url"))
-                for e in entry.get("evidence", [])
-            ]
-
-        return mine["verdict"] == record.get("verdict") and key(mine) == key(record)
+        kept = ("part", "test", "verdict", "url")
+        mine, theirs = (
+            [entry.get("verdict"), *([e.get(k) for k in kept] for e in entry.get("evidence", []))]
+            for entry in (self.as_record(), record)
+        )
+        return mine == theirs
 
 
 @dataclass(frozen=True)
@@ -375,13 +359,13 @@ class Claim:
                 on a part is not the recorded one. Elsewhere a warning says so.
         """
         if not parts:
-            raise ValueError(f"claim {self.id!r} needs at least one part to check")
-        names = [p.name for p in parts]
-        if repeated := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"claim {self.id!r} has several parts named {sorted(repeated)}")
+            raise ValueError(f"claim {self.id!r} must have at least one part to check")
+        names = Counter(p.name for p in parts)
+        if repeated := sorted(name for name in names if names[name] > 1):
+            raise ValueError(f"each part of {self.id!r} must have a name of its own: {repeated}")
         verdict = combine([p.verdict for p in parts])
         if verdict == "depends" and not depends_on:
-            raise ValueError(f"the verdict on {self.id!r} depends; say on what with depends_on=")
+            raise ValueError(f"the verdict on {self.id!r} depends: depends_on= must say on what")
         condition = depends_on if verdict == "depends" else ""
         return self._settle(Verdict(self, verdict, parts, condition))
 
@@ -400,27 +384,25 @@ class Claim:
             LedgerMismatchError: As for :meth:`check`.
         """
         if not sources:
-            raise ValueError(f"claim {self.id!r} needs at least one source to cite")
+            raise ValueError(f"claim {self.id!r} must have at least one source to cite")
         for label, address in sources:
             if not address.startswith("https://"):
-                raise ValueError(f"source {label!r} needs a full https address, not {address!r}")
+                raise ValueError(f"source {label!r} must be a full https address, not {address!r}")
         return self._settle(Verdict(self, "cited", sources=sources, finding=finding))
 
     def _settle(self, verdict: Verdict) -> Verdict:
-        mode = _mode()
+        mode, recorded = _mode(), self.recorded
         if mode == "record":
-            _write_record(self.id, verdict.as_record())
+            records = _records() | {self.id: verdict.as_record()}
+            ordered = {known: records[known] for known in claim_ids() if known in records}
+            write_whole(_RECORD, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
             return verdict
-        recorded = self.recorded
         if recorded is not None and verdict.agrees_with(recorded):
             return verdict
-        if recorded is None:
-            message = f"claim {self.id!r} has no recorded verdict; here it is {verdict.verdict}"
-        else:
-            message = (
-                f"claim {self.id!r} is recorded as {recorded.get('verdict')}, "
-                f"but here it is {verdict.verdict}"
-            )
+        before = (
+            f"is recorded as {recorded['verdict']}, but" if recorded else "has no recorded verdict;"
+        )
+        message = f"claim {self.id!r} {before} here it is {verdict.verdict}"
         details = "; ".join(f"{p.name}: {p.verdict} ({p.evidence})" for p in verdict.parts)
         if mode == "check":
             raise LedgerMismatchError(f"{message}. {details}")
@@ -438,22 +420,6 @@ def _mode() -> str:
 
 def _records() -> dict[str, Any]:
     return json.loads(_RECORD.read_text(encoding="utf-8")) if _RECORD.exists() else {}
-
-
-def _write_record(claim_id: str, record: dict[str, Any]) -> None:
-    records = _records() | {claim_id: record}
-    ordered = {known: records[known] for known in claim_ids() if known in records}
-    text = json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=_RECORD.parent, prefix=".verdicts-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, _RECORD)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 @functools.cache
@@ -493,55 +459,27 @@ def ledger() -> list[dict[str, Any]]:
 
     The verdict is None and the evidence empty while a claim is untested.
     """
-    records = _records()
-    rows = []
-    for entry in _data()[0].values():
-        record = records.get(entry.id, {})
-        rows.append(
-            {
-                "id": entry.id,
-                "statement": entry.statement,
-                "chapter": entry.chapter,
-                "whose": entry.whose,
-                "verdict": record.get("verdict"),
-                "depends_on": record.get("depends_on"),
-                "evidence": record.get("evidence", []),
-                "finding": record.get("finding"),
-            }
-        )
-    return rows
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    heads: tuple[Literal["id"], Literal["chapter"], Literal["verdict"]] = (
-        "id",
-        "chapter",
-        "verdict",
-    )
-    cells = [[str(row[head] or "untested") for head in heads] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    lines = ["  ".join(head.ljust(width) for head, width in zip(heads, widths, strict=True))]
-    lines += [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        + f"  {row['statement']}"
-        for line, row in zip(cells, rows, strict=True)
+    empty: dict[str, Any] = {"verdict": None, "depends_on": None, "evidence": [], "finding": None}
+    records, known = _records(), _data()[0].values()
+    facts = ("id", "statement", "chapter", "whose")
+    return [
+        {f: getattr(entry, f) for f in facts} | empty | records.get(entry.id, {}) for entry in known
     ]
-    tested = sum(row["verdict"] is not None for row in rows)
-    return "\n".join([*lines, f"{tested} of {len(rows)} claims have a verdict"])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the ledger as a table, or with ``--json`` as a list for programs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m relubook.evidence.claims", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m relubook claims", description=main.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     rows = ledger()
     if parser.parse_args(arguments).json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
-        print(_table(rows))
-
-
-if __name__ == "__main__":
-    main()
+        return 0
+    for r in [{"id": "id", "chapter": "chapter", "verdict": "verdict", "statement": ""}, *rows]:
+        line = (
+            f"{r['id']:<25}  {r['chapter']:<27}  {r['verdict'] or 'untested':<9}  {r['statement']}"
+        )
+        print(line.rstrip())
+    tested = sum(row["verdict"] is not None for row in rows)
+    print(f"{tested} of {len(rows)} claims have a verdict")
+    return 0

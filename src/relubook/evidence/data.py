@@ -11,16 +11,7 @@ from torch import Tensor
 
 from relubook._optional import require
 
-__all__ = [
-    "DATASETS",
-    "TARGETS",
-    "Dataset",
-    "Split",
-    "Target",
-    "dataset",
-    "inject_outliers",
-    "target",
-]
+__all__ = ["DATASETS", "TARGETS", "Dataset", "Split", "Target", "dataset", "target"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +65,10 @@ DATASETS: Mapping[str, str] = MappingProxyType(
 """Names and descriptions of the real data sets."""
 
 
-def _unknown(kind: str, name: str, known: Mapping[str, object]) -> ValueError:
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
-    return ValueError(f"unknown {kind} {name!r}; the nearest known: {', '.join(close)}")
+def _known(kind: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, cutoff=0.4) or known
+        raise ValueError(f"unknown {kind} {name!r}; the nearest known: {', '.join(close)}")
 
 
 def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.float32) -> Dataset:
@@ -100,23 +92,19 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     Source:
         scikit-learn's toy data sets, https://scikit-learn.org/stable/datasets/toy_dataset.html
     """
-    if name not in DATASETS:
-        raise _unknown("data set", name, DATASETS)
+    _known("data set", name, DATASETS)
     bunch = getattr(require("sklearn.datasets", "data sets"), f"load_{name}")()
+    images, regression = name == "digits", name == "diabetes"
     x = torch.tensor(bunch.data, dtype=torch.float64)
-    regression = name == "diabetes"
     y = torch.tensor(bunch.target, dtype=torch.float64 if regression else torch.int64)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     first, second = round(0.6 * len(x)), round(0.8 * len(x))
-    if name == "digits":
+    if images:
         x = x / 16
     if standardize:
         train = x[:first]
-        if name == "digits":
-            x = (x - train.mean()) / train.std()
-        else:
-            x = (x - train.mean(0)) / train.std(0)
+        x = (x - train.mean()) / train.std() if images else (x - train.mean(0)) / train.std(0)
     if regression:
         y = ((y - y[:first].mean()) / y[:first].std()).unsqueeze(1).to(dtype)
     x = x.to(dtype)
@@ -135,24 +123,18 @@ class Target:
 
     Attributes:
         name: Its name, such as ``"absolute"``.
-        formula: LaTeX, without dollar signs.
         inputs: Number of input features.
         outputs: Number of outputs.
         function: Maps (n, inputs) to (n, outputs).
     """
 
     name: str
-    formula: str
     inputs: int
     outputs: int
     function: Callable[[Tensor], Tensor]
 
     def sample(self, n: int, *, generator: torch.Generator) -> Split:
-        """Draw inputs uniformly from [-sqrt(3), sqrt(3)] (variance 1) with their targets.
-
-        Args:
-            n: Number of rows, at least 1.
-            generator: Source of randomness.
+        """Draw n >= 1 inputs uniformly from [-sqrt(3), sqrt(3)] (variance 1) with their targets.
 
         Returns:
             x of shape (n, inputs) and y of shape (n, outputs), float32.
@@ -170,26 +152,21 @@ def _pair(x: Tensor) -> Tensor:
     return torch.stack([(x[:, 0] + x[:, 1]).abs(), (x[:, 0] - x[:, 1]).abs()], dim=1)
 
 
+def _step_sine(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype) + 0.2 * torch.sin(5 * x)
+
+
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        entry.name: entry
-        for entry in (
-            Target("absolute", r"|x|", 1, 1, torch.abs),
-            Target("x_sine", r"x \sin 5x", 1, 1, lambda x: x * torch.sin(5 * x)),
-            Target(
-                "step_sine",
-                r"1_{x > 0} + 0.2 \sin 5x",
-                1,
-                1,
-                lambda x: (x > 0).to(x.dtype) + 0.2 * torch.sin(5 * x),
-            ),
-            Target("absolute_pair", r"(|x_1 + x_2|, |x_1 - x_2|)", 2, 2, _pair),
-            Target("square", r"x^2", 1, 1, torch.square),
-            Target("sine", r"\sin 3x", 1, 1, lambda x: torch.sin(3 * x)),
-        )
+        "absolute": Target("absolute", 1, 1, torch.abs),
+        "x_sine": Target("x_sine", 1, 1, lambda x: x * torch.sin(5 * x)),
+        "step_sine": Target("step_sine", 1, 1, _step_sine),
+        "absolute_pair": Target("absolute_pair", 2, 2, _pair),
+        "sine": Target("sine", 1, 1, lambda x: torch.sin(3 * x)),
     }
 )
-"""One- and two-dimensional targets by name."""
+"""Targets by name: ``|x|``, ``x sin 5x``, ``1[x > 0] + 0.2 sin 5x``,
+``(|x1 + x2|, |x1 - x2|)``, ``sin 3x``."""
 
 
 def target(name: str) -> Target:
@@ -198,37 +175,5 @@ def target(name: str) -> Target:
     Raises:
         ValueError: If the name is unknown; names the nearest known ones.
     """
-    if name not in TARGETS:
-        raise _unknown("target", name, TARGETS)
+    _known("target", name, TARGETS)
     return TARGETS[name]
-
-
-def inject_outliers(
-    x: Tensor, *, share: float, size: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Replace some rows by the same row scaled up, as a faulty sensor would.
-
-    Args:
-        x: Inputs, shape (n, ...), floating point and finite.
-        share: Share of rows to replace, in [0, 1]; the number of rows is rounded.
-        size: Factor that multiplies a replaced row.
-        generator: Chooses the rows.
-
-    Returns:
-        A copy with the outliers, and a mask of shape (n,) that is True for replaced rows.
-
-    Raises:
-        ValueError: If ``share`` lies outside [0, 1], or ``size`` or ``x`` is not finite.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie between 0 and 1, not {share!r}")
-    if not math.isfinite(size):
-        raise ValueError(f"size must be a finite number, not {size!r}")
-    if not torch.isfinite(x).all():
-        raise ValueError("x holds NaN or infinity; remove these rows first")
-    chosen = torch.randperm(len(x), generator=generator)[: round(share * len(x))]
-    mask = torch.zeros(len(x), dtype=torch.bool)
-    mask[chosen] = True
-    result = x.clone()
-    result[mask] = result[mask] * size
-    return result, mask

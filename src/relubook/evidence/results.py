@@ -8,23 +8,21 @@ grid, a number (or truth value) a seed for each quantity it measures::
         run = train_many(Recipe(1, width, 1, depth=depth), x, y, seeds=seeds, steps=1000, lr=0.01)
         return {"collapsed": (run.dead[-1] == 1).any(1).tolist()}
 
-``python -m relubook.evidence.results collapse`` stores it as ``book/results/collapse.json`` with grid,
-seeds, versions, date, duration and a fingerprint of the sources. A chapter draws what is stored,
-runs a declared slice anew and asserts that the two agree::
+``python -m relubook results collapse`` stores it as ``book/results/collapse.json`` with grid,
+seeds, versions, date, duration and a fingerprint of the code. A chapter draws what is stored, runs
+a declared slice anew and asserts that the two agree::
 
     stored = load("collapse")
     live = get("collapse").run(grid={"depth": [10], "width": [2]}, seeds=range(30))
     assert_agrees(stored, live, tolerance=0.1)
-
-A module that defines computations is named in :data:`MODULES`.
 """
 
 import argparse
 import contextlib
 import datetime
 import difflib
-import hashlib
 import importlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -32,44 +30,33 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relubook._optional import require
-from relubook.evidence.fingerprint import code_only, imported_modules, sources_digest
+from relubook.evidence._files import write_whole
+from relubook.evidence.fingerprint import code_digest
 
-__all__ = [
-    "MODULES",
-    "Computation",
-    "Results",
-    "assert_agrees",
-    "computation",
-    "compute",
-    "get",
-    "is_stale",
-    "load",
-    "main",
-    "result_names",
-]
+__all__ = ["MODULES", "Computation", "Results", "assert_agrees", "computation", "compute", "get"]
+__all__ += ["is_stale", "load", "main", "result_names"]
 
-MODULES: tuple[str, ...] = (
-    "chapters.born_dead",
-    "chapters.one_network",
-    "chapters.optimizer_maps",
-    "chapters.recurrent",
+MODULES: tuple[str, ...] = tuple(
+    f"chapters.{name}" for name in ("born_dead", "one_network", "optimizer_maps", "recurrent")
 )
-"""Modules of the package that define computations."""
+"""Modules of the package that define computations; imported when one is asked for by name."""
 
 # They hold no part of a result; a change to them does not make one stale.
-_MECHANISM = ("evidence.results", "evidence.fingerprint", "_optional")
+_MECHANISM = tuple(f"evidence.{m}" for m in ("_files", "claims", "fingerprint", "results"))
+_MECHANISM += ("_optional",)
 
 _REGISTRY: dict[str, "Computation"] = {}
 
-Cell = dict[str, Any]
+Cell = tuple[Any, ...]
+Grid = Mapping[str, Sequence[Any]]
 Measured = dict[str, list[float]]
 
 
@@ -88,9 +75,9 @@ class Results:
     """
 
     name: str
-    grid: Mapping[str, Sequence[Any]]
+    grid: Grid
     seeds: tuple[int, ...]
-    cells: Mapping[tuple[Any, ...], Measured]
+    cells: Mapping[Cell, Measured]
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -108,17 +95,6 @@ class Results:
             raise KeyError(f"no cell {at}; the grid of {self.name!r} is {dict(self.grid)}")
         return self.cells[key]
 
-    def to_frame(self) -> Any:
-        """Return a tidy ``pandas.DataFrame``: one row a cell and seed, one column a quantity."""
-        pd = require("pandas", "tables of results")
-        rows = []
-        for key, measured in self.cells.items():
-            at = dict(zip(self.grid, key, strict=True))
-            for place, seed in enumerate(self.seeds):
-                numbers = {quantity: values[place] for quantity, values in measured.items()}
-                rows.append(at | {"seed": seed} | numbers)
-        return pd.DataFrame(rows)
-
 
 @dataclass(frozen=True)
 class Computation:
@@ -129,16 +105,21 @@ class Computation:
         grid: The values of each parameter; the cells are their product.
         seeds: The seeds of every cell.
         function: ``function(seeds, **cell)`` returns for each quantity one number a seed.
-        module: Short name of the module that defines it.
     """
 
     name: str
-    grid: Mapping[str, Sequence[Any]]
+    grid: Grid
     seeds: tuple[int, ...]
     function: Callable[..., Mapping[str, Sequence[float]]]
-    module: str
 
-    def keys(self, grid: Mapping[str, Sequence[Any]] | None = None) -> list[tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers import what a module defines; what a notebook's cell defines travels by value.
+        home, name = self.function.__module__, self.function.__name__
+        if home != "__main__" and getattr(sys.modules.get(home), name, None) is self:
+            return _named, (home, name)
+        return Computation, tuple(getattr(self, entry.name) for entry in fields(self))
+
+    def points(self, grid: Grid | None = None) -> list[Cell]:
         """Return the cells of the grid, or of a slice of it, in order.
 
         Raises:
@@ -147,16 +128,15 @@ class Computation:
         grid = self.grid if grid is None else grid
         if set(grid) != set(self.grid):
             raise ValueError(
-                f"{self.name!r} has the parameters {list(self.grid)}, not {list(grid)}"
+                f"a slice of {self.name!r} must have {list(self.grid)}, not {list(grid)}"
             )
         for name, values in grid.items():
-            if outside := [value for value in values if value not in self.grid[name]]:
-                raise ValueError(
-                    f"{name}={outside[0]!r} is not in the declared grid {list(self.grid[name])}"
-                )
+            for value in values:
+                if value not in self.grid[name]:
+                    raise ValueError(f"{name}={value!r} must be among {list(self.grid[name])}")
         return list(itertools.product(*(grid[name] for name in self.grid)))
 
-    def measure(self, key: tuple[Any, ...], seeds: Sequence[int]) -> Measured:
+    def measure(self, key: Cell, seeds: Sequence[int]) -> Measured:
         """Compute one cell.
 
         Raises:
@@ -174,48 +154,26 @@ class Computation:
             measured[quantity] = [_plain(number) for number in numbers]
         return measured
 
-    def run(
-        self,
-        *,
-        grid: Mapping[str, Sequence[Any]] | None = None,
-        seeds: Iterable[int] | None = None,
-    ) -> Results:
-        """Compute a declared slice live.
-
-        Args:
-            grid: Some of the values of each parameter; the whole grid by default.
-            seeds: Some of the seeds; all by default.
-
-        Returns:
-            The measurements.
+    def run(self, *, grid: Grid | None = None, seeds: Iterable[int] | None = None) -> Results:
+        """Compute a declared slice live: some values of each parameter, some seeds.
 
         Raises:
             ValueError: If the slice is not part of the declared grid and seeds.
         """
         chosen = self.seeds if seeds is None else tuple(seeds)
         if outside := sorted(set(chosen) - set(self.seeds)):
-            raise ValueError(f"seed {outside[0]} is not among the declared seeds of {self.name!r}")
-        keys = self.keys(grid)
-        cells = {key: self.measure(key, chosen) for key in keys}
-        return Results(self.name, dict(grid or self.grid), chosen, cells)
+            raise ValueError(f"seed {outside[0]} must be among the seeds of {self.name!r}")
+        cells = {key: self.measure(key, chosen) for key in self.points(grid)}
+        return Results(self.name, dict(self.grid if grid is None else grid), chosen, cells)
 
     def fingerprint(self) -> str:
-        """Return the digest of the module that defines it and of all that it imports.
-
-        A module outside the package counts with what it imports of the package.
-        """
-        package, _, short = self.module.partition(".")
-        if package == "relubook":
-            return sources_digest([short], exclude=_MECHANISM)
+        """Return the digest of the function and of all that it uses of the package."""
         source = Path(self.function.__code__.co_filename).read_text(encoding="utf-8")
-        inner = [name for name in imported_modules(source) if name not in _MECHANISM]
-        digest = hashlib.sha256(code_only(source).encode())
-        digest.update(sources_digest(inner, exclude=_MECHANISM).encode())
-        return digest.hexdigest()
+        return code_digest(source, only=self.function.__name__, exclude=_MECHANISM)
 
 
 def computation(
-    name: str, *, grid: Mapping[str, Sequence[Any]], seeds: int | Iterable[int]
+    name: str, *, grid: Grid, seeds: int | Iterable[int]
 ) -> Callable[[Callable[..., Any]], Computation]:
     """Register a function as a named computation.
 
@@ -231,22 +189,20 @@ def computation(
         ValueError: If the name is taken or malformed, or grid or seeds are empty.
     """
     if not name or not all(c.islower() or c.isdigit() or c == "-" for c in name):
-        raise ValueError(f"a name has lower-case letters, digits and hyphens, not {name!r}")
+        raise ValueError(f"a name must have lower-case letters, digits and hyphens, not {name!r}")
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not chosen:
-        raise ValueError(f"{name!r} declares no seed")
+        raise ValueError(f"{name!r} must declare at least one seed")
     if empty := [key for key, values in grid.items() if not len(values)]:
-        raise ValueError(f"{name!r} declares no value of {empty[0]!r}")
+        raise ValueError(f"{name!r} must declare at least one value of {empty[0]!r}")
 
     def register(function: Callable[..., Any]) -> Computation:
-        module = function.__module__
-        if name in _REGISTRY and _REGISTRY[name].module != module:
-            raise ValueError(f"{name!r} is already defined in {_REGISTRY[name].module}")
-        made = Computation(
-            name, {key: list(values) for key, values in grid.items()}, chosen, function, module
-        )
-        _REGISTRY[name] = made
-        return made
+        before = _REGISTRY.get(name)
+        if before and before.function.__module__ != function.__module__:
+            raise ValueError(f"{name!r} is already defined in {before.function.__module__}")
+        plain = {key: list(values) for key, values in grid.items()}
+        _REGISTRY[name] = Computation(name, plain, chosen, function)
+        return _REGISTRY[name]
 
     return register
 
@@ -265,10 +221,8 @@ def get(name: str) -> Computation:
         ValueError: If there is none; names the nearest.
     """
     if name not in _REGISTRY and name not in result_names():
-        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
-        raise ValueError(
-            f"no computation {name!r}; known: {', '.join(close or result_names()) or 'none'}"
-        )
+        close = difflib.get_close_matches(name, _REGISTRY, cutoff=0.4) or result_names()
+        raise ValueError(f"no computation {name!r}; known: {', '.join(close) or 'none'}")
     return _REGISTRY[name]
 
 
@@ -290,36 +244,27 @@ def load(name: str, folder: Path | str | None = None) -> Results:
     if not path.exists():
         raise FileNotFoundError(f"{name!r} is not stored; compute it by: make full NAMES={name}")
     data = json.loads(path.read_text(encoding="utf-8"))
-    kept = ("versions", "date", "duration", "fingerprint")
-    return Results(
-        data["name"],
-        data["grid"],
-        tuple(_from_seeds(data["seeds"])),
-        {tuple(cell["at"].values()): cell["measured"] for cell in data["cells"]},
-        {key: data[key] for key in kept},
-    )
+    seeds = data["seeds"]
+    if isinstance(seeds, Mapping):
+        seeds = range(seeds["first"], seeds["last"] + 1)
+    cells = {tuple(cell["at"].values()): cell["measured"] for cell in data["cells"]}
+    record = {key: data[key] for key in ("versions", "date", "duration", "fingerprint")}
+    return Results(data["name"], data["grid"], tuple(seeds), cells, record)
 
 
 def is_stale(name: str, folder: Path | str | None = None) -> bool:
-    """Whether what is stored was computed by other sources, or for another grid or seeds.
+    """Whether what is stored was computed by other code, or for another grid or seeds.
 
     Raises:
         FileNotFoundError: If nothing is stored under that name.
     """
     stored, declared = load(name, folder), get(name)
-    same = (
-        stored.record["fingerprint"] == declared.fingerprint()
-        and dict(stored.grid) == dict(declared.grid)
-        and stored.seeds == declared.seeds
-    )
-    return not same
+    same = stored.seeds == declared.seeds and dict(stored.grid) == dict(declared.grid)
+    return not same or stored.record["fingerprint"] != declared.fingerprint()
 
 
 def assert_agrees(
-    stored: Results,
-    live: Results,
-    *,
-    tolerance: float | Mapping[str, float],
+    stored: Results, live: Results, *, tolerance: float | Mapping[str, float]
 ) -> None:
     """Assert that a slice computed live agrees with what is stored.
 
@@ -345,46 +290,37 @@ def assert_agrees(
     for key, measured in live.cells.items():
         at = dict(zip(live.grid, key, strict=True))
         there = stored.cell(**at)
-        if set(there) != set(measured):
-            raise AssertionError(
-                f"{stored.name} at {at} measured {set(there)}, not {set(measured)}"
-            )
+        words = f"{stored.name} at {at} measured {set(there)}, not {set(measured)}"
+        assert set(there) == set(measured), words
         for quantity, values in measured.items():
-            limit = tolerance if isinstance(tolerance, int | float) else tolerance[quantity]
-            before = [float(there[quantity][place[seed]]) for seed in live.seeds]
-            now = [float(value) for value in values]
+            limit = tolerance[quantity] if isinstance(tolerance, Mapping) else tolerance
+            before = torch.tensor([there[quantity][place[seed]] for seed in live.seeds]).double()
+            now = torch.tensor(values).double()
             where = f"{stored.name} at {at}, {quantity}"
             if limit == 0:
-                same = all(a == b or (a != a and b != b) for a, b in zip(before, now, strict=True))
+                same = torch.equal(before.isnan(), now.isnan())
+                same = same and torch.equal(before.nan_to_num(), now.nan_to_num())
                 assert same, f"{where}: the numbers differ from those stored"
                 continue
-            lost = [[v for v in side if not math.isfinite(v)] for side in (before, now)]
-            shares = [len(side) / len(now) for side in lost]
-            assert abs(shares[0] - shares[1]) <= limit, (
-                f"{where}: {shares[1]:.3g} are non-finite, {shares[0]:.3g} stored"
-            )
-            means = [_mean([v for v in side if math.isfinite(v)]) for side in (before, now)]
-            if None not in means:
-                assert abs(means[0] - means[1]) <= limit, (  # type: ignore[operator]
-                    f"{where}: mean {means[1]:.4g}, stored {means[0]:.4g}, tolerance {limit:g}"
-                )
+            lost = [1 - side.isfinite().double().mean().item() for side in (before, now)]
+            words = f"{where}: {lost[1]:.3g} are non-finite, {lost[0]:.3g} stored"
+            assert abs(lost[0] - lost[1]) <= limit, words
+            means = [side[side.isfinite()].mean().item() for side in (before, now)]
+            words = f"{where}: mean {means[1]:.4g}, stored {means[0]:.4g}, tolerance {limit:g}"
+            # A side without finite numbers has no mean; the shares have agreed.
+            assert abs(means[0] - means[1]) <= limit or math.isnan(sum(means)), words
 
 
-def compute(
-    name: str,
-    folder: Path | str | None = None,
-    *,
-    report: Callable[[str], None] | None = None,
-) -> Path:
-    """Compute all cells and store the result.
+def compute(name: str, folder: Path | str | None = None) -> Path:
+    """Compute all cells, several at a time, and store the result.
 
     Each finished cell is kept in ``NAME.partial``, so that an interrupted computation goes on
-    where it stopped, unless its sources, grid or seeds have changed.
+    where it stopped, unless its code, grid or seeds have changed. The workers, of one thread each,
+    are joblib's: ``RELUBOOK_JOBS`` or as many as there are cores.
 
     Args:
         name: Name of the computation.
         folder: Where to store; see :func:`load`.
-        report: Is called with a line of progress after each cell.
 
     Returns:
         Path of the stored file.
@@ -392,74 +328,66 @@ def compute(
     Raises:
         ValueError: If there is no such computation.
     """
+    joblib, tqdm = require("joblib", "stored results"), require("tqdm", "stored results")
     made, target = get(name), _folder(folder)
+    jobs = os.environ.get("RELUBOOK_JOBS") or str(joblib.cpu_count())
+    if not jobs.isdecimal() or not int(jobs):
+        raise ValueError(f"RELUBOOK_JOBS must be a number of 1 or more, not {jobs!r}")
     target.mkdir(parents=True, exist_ok=True)
-    head: dict[str, Any] = {
-        "name": name,
-        "grid": dict(made.grid),
-        "seeds": _as_seeds(made.seeds),
-        "fingerprint": made.fingerprint(),
-        "versions": _versions(),
-    }
-    partial = target / f"{name}.partial"
-    done, spent = _resume(partial, head)
-    keys = made.keys()
-    fresh = 0.0
-    with partial.open("a", encoding="utf-8") as file:
-        for count, key in enumerate(keys, 1):
-            if key in done:
-                continue
-            began = time.perf_counter()
-            measured = made.measure(key, made.seeds)
-            took = time.perf_counter() - began
-            fresh += took
-            spent += took
-            done[key] = measured
+    first, last = made.seeds[0], made.seeds[-1]
+    in_order = made.seeds == tuple(range(first, last + 1))
+    seeds = {"first": first, "last": last} if in_order else made.seeds
+    head: dict[str, Any] = {"name": name, "grid": dict(made.grid), "seeds": seeds}
+    head |= {"fingerprint": made.fingerprint(), "versions": _versions()}
+    partial, points = target / f"{name}.partial", made.points()
+    done = _resume(partial, head)
+    work = joblib.Parallel(n_jobs=int(jobs), return_as="generator_unordered")
+    found = work(joblib.delayed(_measure)(made, key) for key in points if key not in done)
+    # No bar unless somebody watches.
+    bar = tqdm.tqdm(found, desc=name, total=len(points), initial=len(done), disable=None)
+    with partial.open("a", encoding="utf-8") as file, contextlib.closing(found):
+        for key, measured, took in bar:
+            done[key] = measured, took
             file.write(_line(key, measured, took))
             file.flush()
-            if report is not None:
-                left = spent / len(done) * (len(keys) - len(done))
-                at = ", ".join(f"{k}={v}" for k, v in zip(made.grid, key, strict=True))
-                report(f"{name}: {count}/{len(keys)} {at} {took:.1f} s, about {left:.0f} s left")
-    data = {
-        **head,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "duration": round(spent, 1),
-        "cells": [
-            {"at": dict(zip(made.grid, key, strict=True)), "measured": done[key]} for key in keys
-        ],
-    }
-    path = target / f"{name}.json"
-    scratch = target / f".{name}.json.new"
-    scratch.write_text(_dump(data), encoding="utf-8")
-    os.replace(scratch, path)
+    date, duration = datetime.datetime.now(datetime.UTC).date(), sum(t for _, t in done.values())
+    data = {**head, "date": date.isoformat(), "duration": round(duration, 1)}
+    # One line an entry and cell, so that a changed cell is one changed line.
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
+    cells = ({"at": dict(zip(made.grid, k, strict=True)), "measured": done[k][0]} for k in points)
+    lines.append(' "cells": [\n  ' + ",\n  ".join(map(json.dumps, cells)) + "\n ]")
+    write_whole(target / f"{name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
     partial.unlink()
-    return path
+    return target / f"{name}.json"
 
 
-def _resume(
-    partial: Path, head: Mapping[str, Any]
-) -> tuple[dict[tuple[Any, ...], Measured], float]:
+def _measure(made: Computation, key: Cell) -> tuple[Cell, Measured, float]:
+    before, began = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        return key, made.measure(key, made.seeds), time.perf_counter() - began
+    finally:
+        torch.set_num_threads(before)
+
+
+def _named(module: str, name: str) -> Computation:
+    return getattr(importlib.import_module(module), name)
+
+
+def _resume(partial: Path, head: Mapping[str, Any]) -> dict[Cell, tuple[Measured, float]]:
     """Return the finished cells of an interrupted computation, or start its file."""
-    done: dict[tuple[Any, ...], Measured] = {}
-    spent = 0.0
-    if partial.exists():
-        lines = partial.read_text(encoding="utf-8").splitlines()
-        with contextlib.suppress(json.JSONDecodeError):
-            if lines and json.loads(lines[0]) == json.loads(json.dumps(head)):
-                for line in lines[1:]:
-                    cell = json.loads(line)
-                    done[tuple(cell["key"])] = cell["measured"]
-                    spent += cell["seconds"]
-    # Written anew, so that a line cut short by the interruption goes.
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(head) + "\n")
-        for key, measured in done.items():
-            file.write(_line(key, measured, spent / len(done)))
-    return done, spent
+    done: dict[Cell, tuple[Measured, float]] = {}
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
+    with contextlib.suppress(json.JSONDecodeError):  # a line cut short by the interruption
+        if lines and json.loads(lines[0]) == json.loads(json.dumps(head)):
+            for cell in map(json.loads, lines[1:]):
+                done[tuple(cell["key"])] = cell["measured"], cell["seconds"]
+    kept = [_line(key, *entry) for key, entry in done.items()]
+    write_whole(partial, json.dumps(head) + "\n" + "".join(kept))
+    return done
 
 
-def _line(key: tuple[Any, ...], measured: Measured, seconds: float) -> str:
+def _line(key: Cell, measured: Measured, seconds: float) -> str:
     return json.dumps({"key": list(key), "measured": measured, "seconds": seconds}) + "\n"
 
 
@@ -474,41 +402,17 @@ def _folder(folder: Path | str | None) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for module in ("numpy", "sklearn"):
-        if module in sys.modules:
-            found[module] = sys.modules[module].__version__
-    return found
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for library in ("numpy", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return versions
 
 
 def _plain(number: Any) -> float:
     """Return a number as JSON holds it, floats with six digits."""
     number = number.item() if hasattr(number, "item") else number
     return number if isinstance(number, bool | int) else float(f"{float(number):.6g}")
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _as_seeds(seeds: Sequence[int]) -> Any:
-    first, last = seeds[0], seeds[-1]
-    if list(seeds) == list(range(first, last + 1)):
-        return {"first": first, "last": last}
-    return list(seeds)
-
-
-def _from_seeds(seeds: Any) -> Iterator[int]:
-    if isinstance(seeds, Mapping):
-        return iter(range(seeds["first"], seeds["last"] + 1))
-    return iter(seeds)
-
-
-def _dump(data: Mapping[str, Any]) -> str:
-    """Write one line an entry and cell, so that a changed cell is one changed line."""
-    lines = [f" {json.dumps(key)}: {json.dumps(data[key])}" for key in data if key != "cells"]
-    cells = ",\n".join(f"  {json.dumps(cell)}" for cell in data["cells"])
-    return "{\n" + ",\n".join(lines) + ',\n "cells": [\n' + cells + "\n ]\n}\n"
 
 
 def _state(name: str, folder: Path | str | None) -> str:
@@ -520,9 +424,7 @@ def _state(name: str, folder: Path | str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute stored results: those named, or all that are missing or stale."""
-    parser = argparse.ArgumentParser(
-        prog="python -m relubook.evidence.results", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m relubook results", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="results to compute")
     parser.add_argument("--list", action="store_true", help="list names and their state")
     parser.add_argument("--folder", type=Path, help="where results are stored")
@@ -537,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.names or [n for n in known if _state(n, options.folder) != "fresh"]
     for name in names:
         try:
-            path = compute(name, options.folder, report=lambda line: print(line, file=sys.stderr))
+            path = compute(name, options.folder)
         except KeyboardInterrupt:
             print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
             return 130
@@ -545,8 +447,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not names:
         print("nothing to do: every stored result is fresh")
     return 0
-
-
-if __name__ == "__main__":
-    # The registry lives in the imported module, not in this one.
-    raise SystemExit(importlib.import_module("relubook.evidence.results").main())

@@ -27,33 +27,25 @@ def interleaved_seconds(
         ValueError: If there is nothing to time, or ``repeats`` or ``calls`` is below 1.
     """
     if not functions:
-        raise ValueError("functions is empty: there is nothing to time")
+        raise ValueError("functions must name at least one function: there is nothing to time")
     if repeats < 1 or calls < 1:
         raise ValueError(f"repeats and calls must be at least 1, not {repeats} and {calls}")
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, function in functions.items():
             started = time.process_time()
             for _ in range(calls):
                 function()
-            if round_number:
-                seconds[name].append((time.process_time() - started) / calls)
-    return seconds
+            seconds[name].append((time.process_time() - started) / calls)
+    return {name: taken[1:] for name, taken in seconds.items()}
 
 
 def ratio_interval(slow: list[float], fast: list[float]) -> Estimate:
-    """Return the median of ``slow / fast`` over rounds with its 95% interval.
-
-    Args:
-        slow: Seconds of each round, as :func:`interleaved_seconds` returns them.
-        fast: Seconds of the same rounds.
-
-    Returns:
-        The estimate, without unit; ``n`` is the number of rounds.
+    """Return the median of ``slow / fast`` over the same rounds with its 95% interval.
 
     Raises:
         ValueError: If the lists differ in length or have fewer than two rounds.
     """
     if len(slow) != len(fast):
-        raise ValueError(f"both lists need the same rounds, not {len(slow)} and {len(fast)}")
+        raise ValueError(f"both lists must have the same rounds, not {len(slow)} and {len(fast)}")
     return bootstrap_interval([a / b for a, b in zip(slow, fast, strict=True)])
