@@ -1,55 +1,25 @@
 """Sphinx extension of this book: leave out text twins, draw ledger and rooms, slim the pages.
 
-The package is read from this tree, whether installed or not, and without torch: autodoc puts a mock
-in its place.
+The package is taken from this tree, whether installed or not.
 """
 
-import ast
 import sys
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+import reference
 from docutils import nodes
 from notebooks import chapters
 from sphinx.application import Sphinx
-from sphinx.ext.autodoc.mock import _MockObject
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.inspect import signature, stringify_signature
 
 from relubook.evidence.claims import ledger, source_notes
 
-PACKAGE = Path(__file__).resolve().parents[2] / "src" / "relubook"
 UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
-ROOMS = ("layers", "units", "training", "evidence", "chapters")
 UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
-
-_MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self  # annotations: Tensor | None
-
-
-def sign_modules(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, signed: str, returned: str
-) -> tuple[str, str] | None:
-    """Return the signature of a class whose base is a mock, which autodoc does not see."""
-    if what != "class" or not issubclass(obj, _MockObject):
-        return None
-    arguments = signature(obj.__init__, bound_method=True)
-    return stringify_signature(arguments, show_annotation=False), returned
-
-
-def skip_repeated(
-    app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any
-) -> bool | None:
-    """Leave out fields of named tuples, and what another page describes already."""
-    if type(member).__name__ == "_tuplegetter":
-        return True
-    if what == "module" and isinstance(member, type | FunctionType):
-        home = member.__module__
-        elsewhere = home != app.env.temp_data["autodoc:module"]
-        return (elsewhere and not home.rpartition(".")[2].startswith("_")) or None
-    return None
 
 
 def exclude_text_twins(app: Sphinx, config: Any) -> None:
@@ -82,7 +52,7 @@ class ClaimsTable(SphinxDirective):
         """Return one section's worth of tables."""
         self.env.note_dependency(str(Path(__file__)))
         for name in ("evidence/claims.toml", "evidence/verdicts.json", "evidence/claims.py"):
-            self.env.note_dependency(str(PACKAGE / name))
+            self.env.note_dependency(str(reference.PACKAGE / name))
         lines: list[str] = []
         by_chapter: dict[str, list[dict[str, Any]]] = {}
         for row in ledger():
@@ -125,17 +95,6 @@ class SourceNotes(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def summary(path: Path) -> str:
-    """Return the first paragraph of a module's docstring, as one line of reStructuredText."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split())
-
-
-def public_modules(room: str) -> list[Path]:
-    """Return the modules of a room (a folder of the package) that have a page."""
-    return [p for p in sorted((PACKAGE / room).glob("*.py")) if not p.stem.startswith("_")]
-
-
 class Rooms(SphinxDirective):
     """``{rooms}``: for each room of the package its modules, a line and a link each."""
 
@@ -143,40 +102,45 @@ class Rooms(SphinxDirective):
         """Return a section a room."""
         self.env.note_reread()
         lines: list[str] = []
-        for room in ROOMS:
+        for room in reference.ROOMS:
             lines += [f"### `{room}`", "", "```{eval-rst}"]
-            lines += [summary(PACKAGE / room / "__init__.py"), ""]
+            lines += [reference.summary(reference.PACKAGE / room / "__init__.py"), ""]
             lines += [".. list-table::", "   :widths: 25 75", ""]
-            for module in public_modules(room):
-                lines += [
-                    f"   * - :py:mod:`{module.stem} <relubook.{room}.{module.stem}>`",
-                    f"     - {summary(module)}",
-                ]
+            for path in reference.modules(room):
+                lines.append(f"   * - :py:mod:`{path.stem} <relubook.{room}.{path.stem}>`")
+                lines.append(f"     - {reference.summary(path)}")
             lines += ["```", ""]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
 class Room(SphinxDirective):
-    """``{room} NAME``: what the modules of one room define."""
+    """``{room} NAME``: what the modules of a room define; a module alone is a room of its own."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Return a section a module."""
         self.env.note_reread()
-        room = self.arguments[0]
-        lines = ["```{eval-rst}", summary(PACKAGE / room / "__init__.py"), "```", ""]
-        for module in public_modules(room):
-            lines += [f"## `{module.stem}`", "", "```{eval-rst}"]
-            lines += [f".. automodule:: relubook.{room}.{module.stem}", "   :members:", "```", ""]
+        room = reference.PACKAGE / self.arguments[0]
+        if not room.is_dir():
+            return self.parse_text_to_nodes(self.describe(room.with_suffix(".py")))
+        lines = ["```{eval-rst}", reference.summary(room / "__init__.py"), "```", ""]
+        for path in reference.modules(room.name):
+            lines += [f"## `{path.stem}`", "", self.describe(path), ""]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+    def describe(self, path: Path) -> str:
+        """Return a module's description as MyST text."""
+
+        def convert(text: str, kind: str) -> list[str]:
+            return str(GoogleDocstring(text, self.config, self.env.app, kind)).splitlines()
+
+        return "\n".join(["```{eval-rst}", *reference.describe(path, convert), "```"])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.connect("config-inited", exclude_text_twins)
-    app.connect("autodoc-process-signature", sign_modules)
-    app.connect("autodoc-skip-member", skip_repeated)
     app.connect("html-page-context", lighten_page, priority=900)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)

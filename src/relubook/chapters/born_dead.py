@@ -308,7 +308,7 @@ CASES: Mapping[str, tuple[str, int, int]] = MappingProxyType(
         "pair, width 4, depth 20": ("absolute_pair", 4, 20),
     }
 )
-"""Target, width and depth of each case of ``collapse``."""
+"""Target, width and depth of each case of :func:`collapse`."""
 
 
 @computation("collapse", grid={"case": list(CASES), "lr": [0.001, 0.01]}, seeds=500)

@@ -40,7 +40,7 @@ MAP_OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "RMSprop": ("rmsprop", {}),
     }
 )
-"""Names and options of the optimizers of the map."""
+"""The optimizers of the map: name and options for :func:`relubook.training.train.train_many`."""
 
 MAP_RATES = (
     0.00032, 0.00056, 0.001, 0.0018, 0.0032, 0.0056, 0.01, 0.018, 0.032, 0.056,
