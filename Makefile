@@ -1,4 +1,5 @@
-# `make` lists the targets. Everything runs in .venv, which the first target creates from the lock.
+# `make` lists the targets. Everything runs in .venv, which the first target creates: `make book`
+# installs what the site needs; the first other target adds the rest of the lock.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,8 +9,9 @@ else
 BIN := $(VENV)/bin
 endif
 RUN := $(BIN)/python
+INSTALL := $(RUN) book/_tools/install.py
+SITE := $(VENV)/.site
 INSTALLED := $(VENV)/.installed
-SITE := _build/html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help book test check format notebooks elsewhere record full serve bench lock address clean
@@ -17,17 +19,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
 
-$(INSTALLED): requirements.lock pyproject.toml
+$(SITE): requirements-site.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "This book needs Python 3.11 or newer, and %s is %d.%d: run make PYTHON=/path/to/python3.11" % (sys.executable, v[0], v[1]))'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --requirement requirements.lock
-	$(RUN) -m pip install --quiet --no-deps --editable .
+	$(INSTALL) requirements-site.lock
+	@touch $(SITE)
+
+$(INSTALLED): requirements.lock pyproject.toml | $(SITE)
+	$(INSTALL) requirements.lock --project
 	@touch $(INSTALLED)
 
-book: $(INSTALLED) ## install what is missing, build the site, print the address of its first page
+book: $(SITE) ## install what is missing, build the site, print the address of its first page
 	@$(RUN) book/_tools/build.py
 
-test: book ## everything that CI runs: style, unit tests, chapters, site
+test: $(INSTALLED) book ## everything that CI runs: style, unit tests, chapters, site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -56,7 +61,7 @@ record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the
 full: $(INSTALLED) ## compute the stored results of book/results (NAMES=...: some)
 	RELUBOOK_SCALE=full $(RUN) -m relubook results $(NAMES)
 
-serve: $(INSTALLED) ## build, serve on loopback and rebuild on change
+serve: $(SITE) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve
 
 bench: $(INSTALLED) ## a table of ratios with their bars, and _build/bench.json

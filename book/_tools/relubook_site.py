@@ -1,24 +1,25 @@
-"""Sphinx extension of this book: leave out text twins, draw the ledger, slim the pages."""
+"""Sphinx extension of this book: leave out text twins, draw ledger and rooms, slim the pages.
 
+The package is taken from this tree, whether installed or not.
+"""
+
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+import reference
 from docutils import nodes
 from notebooks import chapters
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 from relubook.evidence.claims import ledger, source_notes
 
 UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
 UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
-
-
-def skip_tuple_fields(
-    app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any
-) -> bool | None:
-    """Leave out the fields of named tuples, which the class's docstring describes already."""
-    return True if type(member).__name__ == "_tuplegetter" else None
 
 
 def exclude_text_twins(app: Sphinx, config: Any) -> None:
@@ -51,9 +52,7 @@ class ClaimsTable(SphinxDirective):
         """Return one section's worth of tables."""
         self.env.note_dependency(str(Path(__file__)))
         for name in ("evidence/claims.toml", "evidence/verdicts.json", "evidence/claims.py"):
-            import relubook
-
-            self.env.note_dependency(str(Path(relubook.__file__).parent / name))
+            self.env.note_dependency(str(reference.PACKAGE / name))
         lines: list[str] = []
         by_chapter: dict[str, list[dict[str, Any]]] = {}
         for row in ledger():
@@ -96,11 +95,55 @@ class SourceNotes(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class Rooms(SphinxDirective):
+    """``{rooms}``: for each room of the package its modules, a line and a link each."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section a room."""
+        self.env.note_reread()
+        lines: list[str] = []
+        for room in reference.ROOMS:
+            lines += [f"### `{room}`", "", "```{eval-rst}"]
+            lines += [reference.summary(reference.PACKAGE / room / "__init__.py"), ""]
+            lines += [".. list-table::", "   :widths: 25 75", ""]
+            for path in reference.modules(room):
+                lines.append(f"   * - :py:mod:`{path.stem} <relubook.{room}.{path.stem}>`")
+                lines.append(f"     - {reference.summary(path)}")
+            lines += ["```", ""]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+class Room(SphinxDirective):
+    """``{room} NAME``: what the modules of a room define; a module alone is a room of its own."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section a module."""
+        self.env.note_reread()
+        room = reference.PACKAGE / self.arguments[0]
+        if not room.is_dir():
+            return self.parse_text_to_nodes(self.describe(room.with_suffix(".py")))
+        lines = ["```{eval-rst}", reference.summary(room / "__init__.py"), "```", ""]
+        for path in reference.modules(room.name):
+            lines += [f"## `{path.stem}`", "", self.describe(path), ""]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+    def describe(self, path: Path) -> str:
+        """Return a module's description as MyST text."""
+
+        def convert(text: str, kind: str) -> list[str]:
+            return str(GoogleDocstring(text, self.config, self.env.app, kind)).splitlines()
+
+        return "\n".join(["```{eval-rst}", *reference.describe(path, convert), "```"])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.connect("config-inited", exclude_text_twins)
-    app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("html-page-context", lighten_page, priority=900)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)
+    app.add_directive("rooms", Rooms)
+    app.add_directive("room", Room)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,34 +1,40 @@
 """The package behind The ReLU Book: find dead units, date their death, bring them back.
 
-Public names load their module on first use, so that ``import relubook`` is quick and a chapter
-depends on just the modules it uses.
+>>> import relubook as rb
+>>> rb.activations.activation("leaky_relu")
+LeakyReLU(negative_slope=0.01)
+
+The names below load their module on first use, so that ``import relubook`` is quick and a chapter
+depends on just the modules it uses. Everything else is imported from its room.
 """
 
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_MODULES = {"activations": "layers.activations", "initializers": "layers.initializers"}
 
 _HOME = {
-    "Activation": "layers.activations",
     "Maxout": "layers.maxout",
     "Recipe": "training.stack",
-    "Report": "units.diagnosis",
     "Watch": "units.watch",
-    "activation": "layers.activations",
-    "activation_names": "layers.activations",
     "certify_dead": "units.certificate",
     "claim": "evidence.claims",
     "diagnose": "units.diagnosis",
+    "part": "evidence.claims",
     "revive_": "units.revival",
     "setup": "book",
-    "train_many": "training.train",
+    "show": "book",
+    "train": "training.train",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"relubook.{_MODULES[name]}")
     if name in _HOME:
         return getattr(importlib.import_module(f"relubook.{_HOME[name]}"), name)
     raise AttributeError(f"module 'relubook' has no attribute {name!r}")

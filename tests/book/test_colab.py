@@ -120,7 +120,7 @@ def run_chapter(chapter: Path, colab: Path, variables: dict[str, str], folder: P
     shutil.copy(notebooks.notebook_of(chapter), folder)
     command = [
         *(colab, "-m", "pytest", "--nbval", "--nbval-cell-timeout", "600", "-q", "-x"),
-        *("--nbval-sanitize-with", ROOT / "tests" / "nbval_sanitize.cfg"),
+        *("--nbval-sanitize-with", Path(__file__).with_name("nbval_sanitize.cfg")),
         *("-p", "no:cacheprovider", "--rootdir", folder, f"{chapter.stem}.ipynb"),
     ]
     return subprocess.run(

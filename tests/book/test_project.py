@@ -1,6 +1,8 @@
 """The project's own files keep step with each other."""
 
 import importlib
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,20 +11,30 @@ import tomllib
 from pathlib import Path
 
 import address
+import install
 import lock
+import matplotlib as mpl
 import notebooks
 import pytest
+import torch
 import yaml
+from torch import nn
 
 import relubook
+from relubook.evidence.claims import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
+COMING = {"train"} - {*vars(importlib.import_module("relubook.training.train"))}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def pins(text):
     lines = (line.split(" ;")[0].strip(" -") for line in text.splitlines())
     return {line for line in lines if re.fullmatch(r"[\w.-]+==[\w.+!-]+", line)}
+
+
+def requirement_names(lines):
+    return {re.split(r"[<>=!~\[; ]", line)[0].lower() for line in lines}
 
 
 def test_environment_has_the_versions_of_the_lock():
@@ -46,10 +58,68 @@ def test_lock_holds_what_anybody_can_install():
 
 
 def test_lock_covers_every_requirement():
-    names = {pin.split("==")[0].lower() for pin in pins(lock.LOCK.read_text())}
-    extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *(r for e in lock.EXTRAS for r in extras[e])]
-    assert {re.split(r"[<>=!~\[; ]", r)[0].lower() for r in wanted} <= names
+    wanted = [line for extra in ("core", *lock.EXTRAS) for line in lock.extras()[extra]]
+    assert requirement_names(wanted) <= requirement_names(pins(lock.LOCK.read_text()))
+
+
+def test_site_lock_is_the_part_of_the_lock_that_the_site_needs():
+    site = lock.SITE_LOCK.read_text()
+    assert set(site.removeprefix(lock.SITE_HEADER).splitlines()) <= set(
+        lock.LOCK.read_text().splitlines()
+    )
+    names = requirement_names(pins(site))
+    assert requirement_names(lock.extras()["site"]) <= names
+    assert not names & {"torch", "scipy", "transformers", "playwright"}
+
+
+def test_what_the_site_reads_needs_no_torch():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'pandas', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+        "from relubook.evidence.claims import ledger, source_notes\n"
+        "import relubook.evidence.fingerprint\n"
+        "assert ledger() and source_notes()\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_uv_gets_the_sources_of_pip():
+    listed = (
+        ":env:.cert='/certificates.pem'\n"
+        ":env:.find-links='/wheels file:///more wheels'\n"
+        "global.find-links='/forgotten'\n"
+        "global.index-url='https://first.example/simple'\n"
+        "global.trusted-host='first.example'\n"
+        "install.index-url='https://second.example/simple'\n"
+        "wheel.index-url='https://third.example/simple'\n"
+        "global.extra-index-url='\\nhttps://a.example/simple\\nhttps://b.example/simple'\n"
+        "global.disable-pip-version-check='1'\n"
+    )
+    assert install.uv_variables(install.pip_settings(listed)) == {
+        "SSL_CERT_FILE": "/certificates.pem",
+        "UV_DEFAULT_INDEX": "https://second.example/simple",
+        "UV_FIND_LINKS": "/wheels,file:///more,wheels",
+        "UV_INDEX": "https://a.example/simple https://b.example/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+        "UV_INSECURE_HOST": "first.example",
+    }
+
+
+@pytest.mark.parametrize(("uv", "pip", "status"), [(0, 1, 0), (1, 0, 0), (1, 1, 1)])
+def test_pip_installs_what_uv_does_not(monkeypatch, capsys, uv, pip, status):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, uv if "uv" in command else pip, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert install.install(["--requirement=some.lock"]) == status
+    installers = [c[:4] for c in commands if "--requirement=some.lock" in c]
+    expected = [[*install.UV, "install"][:4], [*install.PIP, "install"]]
+    assert installers == expected[: 1 + (uv != 0)]
+    assert ("pip does" in capsys.readouterr().out) == (uv != 0)
 
 
 def test_core_asks_for_torch_alone_with_a_loose_bound():
@@ -64,7 +134,7 @@ def test_core_imports_without_the_extras():
         " 'tqdm', 'IPython'):\n"
         "    sys.modules[name] = None\n"
         "import relubook\n"
-        "for name in relubook.__all__:\n"
+        f"for name in set(relubook.__all__) - {COMING}:\n"
         "    getattr(relubook, name)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
@@ -79,15 +149,61 @@ def test_missing_extra_names_how_to_install_it(monkeypatch):
 
 
 def test_public_names_are_there_and_documented():
-    assert relubook.__all__ == sorted(relubook._HOME)
-    for name in relubook.__all__:
+    assert relubook.__all__ == sorted([*relubook._HOME, *relubook._MODULES])
+    for name in set(relubook.__all__) - COMING:
+        assert name in dir(relubook)
         value = getattr(relubook, name)
         assert value.__doc__, name
-        module = importlib.import_module(f"relubook.{relubook._HOME[name]}")
-        assert name in module.__all__
-        assert name in dir(relubook)
+        if name not in relubook._MODULES:
+            module = importlib.import_module(f"relubook.{relubook._HOME[name]}")
+            assert name in module.__all__
+            assert callable(value)
     with pytest.raises(AttributeError, match="no attribute 'diagnoze'"):
         _ = relubook.diagnoze
+
+
+def examples():
+    """Return the code that starts the package's page, and its table's example by name."""
+    text = (ROOT / "book" / "api.md").read_text(encoding="utf-8")
+    start = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    rows = re.findall(r"^\| (?:\{py:\w+\})?`(\w+)[^|]*\|[^|]+\| `([^|]+)` \|$", text, re.M)
+    return start, dict(rows)
+
+
+def test_every_public_name_has_an_example_that_runs(monkeypatch):
+    start, rows = examples()
+    assert set(rows) == set(relubook.__all__)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    scope = {}
+    with mpl.rc_context(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(start, scope)
+        for name, example in rows.items():
+            assert f"rb.{name}" in example
+            if name in COMING:
+                continue
+            exec(example, scope)
+    assert scope["report"].inputs == 200
+    assert len(shown) == 1
+
+
+def test_the_readme_s_example_runs():
+    """Three lines, on a model with a dead unit: it is found and revived."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"## The package in three lines\n\n```python\n(.*?)```", text, re.S)[1]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) == 2
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([9.0, 9.0, -99.0, 9.0, 9.0, 9.0, 9.0, 9.0]))
+    loader = [torch.randn(16, 3) for _ in range(4)]
+    scope = {"model": model, "loader": loader, "batch": loader[0]}
+    scope["optimizer"] = torch.optim.Adam(model.parameters())
+    before = model(loader[0])
+    exec(code, scope)
+    assert scope["report"]["1"].dead.tolist() == [unit == 2 for unit in range(8)]
+    torch.testing.assert_close(model(loader[0]), before)
+    assert not relubook.diagnose(model, loader)["1"].dead.any()
 
 
 def test_version_is_semantic_and_in_the_changelog():
@@ -142,9 +258,14 @@ def test_address_changes_everywhere(tmp_path):
 
 
 def test_table_of_contents_names_every_page_and_chapter():
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    listed = {toc["root"]} | {c["file"] for part in toc["parts"] for c in part["chapters"]}
-    assert listed == {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+    listed = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
+    assert sorted(listed) == sorted(f"book/{path.stem}" for path in (ROOT / "book").glob("*.md"))
+
+
+def test_every_room_has_a_page():
+    rooms = {path.parent.name for path in (ROOT / "src" / "relubook").glob("*/__init__.py")}
+    pages = (ROOT / "book").glob("api-*.md")
+    assert rooms == {re.search(r"```\{room\} (\w+)", page.read_text())[1] for page in pages}
 
 
 def test_landing_page_links_every_chapter():
@@ -185,3 +306,36 @@ def test_old_python_gets_one_clear_sentence():
     assert result.returncode == 1
     assert result.stderr.startswith("This book needs Python 3.11 or newer")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_what_it_reads(tmp_path):
+    """The ledger, stored results and the table of names work outside of the repository."""
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob(f"relubook-{relubook.__version__}-py3-*.whl")
+    target = tmp_path / "site"
+    put = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
+    subprocess.run(put, check=True)
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("RELUBOOK")}
+
+    def run(*arguments):
+        command = [sys.executable, "-W", "error", *arguments]
+        where = variables | {"PYTHONPATH": str(target)}
+        return subprocess.check_output(command, cwd=tmp_path, env=where, text=True)
+
+    rows = json.loads(run("-m", "relubook.claims", "--json"))
+    assert rows == ledger()
+    code = (
+        "import sys, torch, relubook as rb\n"
+        "from pathlib import Path\n"
+        "from relubook.evidence.results import load\n"
+        "assert Path(rb.__file__).is_relative_to(sys.argv[1]), rb.__file__\n"
+        "for name in sys.argv[2:]:\n"
+        "    assert load(name).cells, name\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU())\n"
+        "print(rb.diagnose(model, torch.randn(20, 3)))\n"
+    )
+    stored = [path.stem for path in (ROOT / "book" / "results").glob("*.json")]
+    assert stored
+    assert "20 inputs" in run("-c", code, target, *stored)

@@ -1,23 +1,58 @@
-"""House style and the words that stand beside a stored picture."""
+"""What every chapter calls: set-up, house style, and the words beside a stored picture."""
 
 import base64
+import random
 
 import matplotlib as mpl
+import numpy as np
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib import colors
 from matplotlib import pyplot as plt
 
-from relubook import book as plots
+from relubook import book
 
 
 @pytest.fixture(autouse=True)
-def _restored_style():
+def _restored():
+    python, numpy = random.getstate(), np.random.get_state()
     with mpl.rc_context():
         mpl.use("agg")
-        plots.use_style()
+        book.use_style()
         yield
     plt.close("all")
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def test_setup_fixes_seeds_threads_and_style():
+    draws = []
+    for _ in range(2):
+        book.setup(seed=3)
+        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert draws[0] == draws[1]
+    assert torch.get_num_threads() == 1
+    assert mpl.rcParams["figure.facecolor"] == "white"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"seed": -1}, "seed must not be negative"), ({"threads": 0}, "threads must be at least 1")],
+)
+def test_bad_arguments_leave_the_random_state(arguments, message):
+    before = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        book.setup(**arguments)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_running_time_counts_from_setup(monkeypatch):
+    monkeypatch.setattr(book, "_started", None)
+    with pytest.raises(RuntimeError, match="call relubook.setup"):
+        book.running_time()
+    book.setup()
+    assert 0 <= book.running_time() < 60
 
 
 @pytest.fixture
@@ -35,15 +70,15 @@ def luminance(color):
 
 
 def test_lines_differ_in_color_and_in_style():
-    assert len(set(plots.COLORS)) == len(set(plots.LINE_STYLES)) == len(plots.COLORS)
+    assert len(set(book.COLORS)) == len(set(book.LINE_STYLES)) == len(book.COLORS)
     _, axes = plt.subplots()
-    lines = [axes.plot([0, 1])[0] for _ in plots.COLORS]
+    lines = [axes.plot([0, 1])[0] for _ in book.COLORS]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)
 
 
 def test_colors_stand_out_from_the_ground():
     """Graphical objects need a contrast of 3 (WCAG 1.4.11)."""
-    for color in plots.COLORS:
+    for color in book.COLORS:
         assert 1.05 / (luminance(colors.to_rgb(color)) + 0.05) >= 3, color
 
 
@@ -55,15 +90,15 @@ def test_text_is_legible_on_a_phone():
 
 
 def test_words_of_a_figure(figure):
-    assert plots.describe(figure) == "Figure\nA title | across | up | line"
+    assert book.describe(figure) == "Figure\nA title | across | up | line"
     figure.suptitle("All")
-    assert plots.describe(figure).startswith("Figure: All\n")
+    assert book.describe(figure).startswith("Figure: All\n")
 
 
 def test_show_gives_picture_and_words_and_closes(figure, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append((data, raw)))
-    plots.show(figure)
+    book.show(figure)
     ((data, raw),) = shown
     assert raw
     assert data["text/plain"].endswith("A title | across | up | line")
@@ -80,5 +115,5 @@ def test_same_figure_gives_the_same_bytes(monkeypatch):
     for _ in range(2):
         figure, axes = plt.subplots()
         axes.plot([0, 1], [0, 1])
-        plots.show(figure)
+        book.show(figure)
     assert shown[0] == shown[1]
