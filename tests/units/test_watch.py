@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
-from relubook.units.watch import Event, Watch, channel_peak
+from relubook.units._readings import channel_peak
+from relubook.units.watch import Event, Watch
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +146,9 @@ def test_sites_have_the_names_and_peaks_of_diagnose():
     with Watch(model, window=1) as watch, cannot:
         model(x)
     expected = diagnose(model, [x])
-    assert {site.name for site in expected} - {site.name for site in watch.compute()} == {"relu()#2"}
+    assert {site.name for site in expected} - {site.name for site in watch.compute()} == {
+        "relu()#2"
+    }
     assert watch.unfollowed == ["relu()#2"]
     assert "Not followed: relu()#2." in repr(watch.compute())
     for site in watch.compute():
@@ -693,7 +696,9 @@ def test_a_watch_that_saw_no_step_says_why():
             return self.net(x)
 
     model, x = Lightning(), torch.randn(2, 3)
-    with pytest.warns(UserWarning, match=r"saw no step: Lightning itself was not called.*training_s"):
+    with pytest.warns(
+        UserWarning, match=r"saw no step: Lightning itself was not called.*training_s"
+    ):
         with Watch(model):
             model.training_step(x)
     with pytest.warns(UserWarning, match="each call of Sequential was in evaluation mode or with"):
