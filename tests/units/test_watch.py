@@ -1,5 +1,6 @@
 """`Watch`: exact dates against `diagnose` step by step, no influence on training, no leftovers."""
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
-from relubook.units.watch import Event, Watch, channel_peak
+from relubook.units._readings import channel_peak
+from relubook.units.watch import Event, Watch
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,11 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+sum_is_left_out = pytest.mark.filterwarnings(r"ignore:Watch. hooks cannot follow relu\(\)#2")
+
+torchs_own = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # while tracing
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -72,9 +79,9 @@ def same(one: nn.Module, two: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("functional", ["ignore", "follow"])
+@sum_is_left_out
 @pytest.mark.parametrize("build", [Mixed, lambda: mlp(5, 8, 8, 1)])
-def test_training_is_bit_identical(build, functional):
+def test_training_is_bit_identical(build):
     shape = (2, 5, 5) if build is Mixed else (5,)
     plain = build()
     watched = copy.deepcopy(plain)
@@ -82,16 +89,17 @@ def test_training_is_bit_identical(build, functional):
     train(plain, shape, 10)
     expected = torch.get_rng_state()
     torch.set_rng_state(state)
-    with Watch(watched, window=3, functional=functional):
+    with Watch(watched, window=3):
         train(watched, shape, 10)
     assert same(plain, watched)
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_peaks_and_dates_agree_with_diagnose_of_each_step():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_peaks_and_dates_agree_with_diagnose_of_each_step(dtype):
     """Record each step's own batch with the model as it was then, and replay the rules."""
     window, steps = 4, 24
-    model = mlp(5, 12, 12, 1)
+    model = mlp(5, 12, 12, 1).to(dtype)
     shadow = copy.deepcopy(model)
     peaks: list[dict[str, Tensor]] = []
     history: list[Event] = []
@@ -99,7 +107,7 @@ def test_peaks_and_dates_agree_with_diagnose_of_each_step():
     optimizer = torch.optim.SGD(model.parameters(), 0.6, momentum=0.9)
     with Watch(model, window=window) as watch:
         for _ in range(steps):
-            x = torch.randn(3, 5)
+            x = torch.randn(3, 5).to(dtype)
             shadow.load_state_dict(model.state_dict())
             peaks.append({site.name: site.peak for site in diagnose(shadow, [x])})
             optimizer.zero_grad()
@@ -122,58 +130,71 @@ def test_peaks_and_dates_agree_with_diagnose_of_each_step():
     for site in report:
         assert torch.equal(site.dead, dead[site.name])
         assert torch.equal(
-            site.peak, torch.stack([step[site.name] for step in peaks[-window:]]).amax(0)
+            site.peak, torch.stack([step[site.name] for step in peaks[-window:]]).amax(0).float()
         )
     assert (report.step, report.window, report.inputs) == (steps, window, 12)
     assert report.dead_fraction == sum(int(mask.sum()) for mask in dead.values()) / 24
     assert f"Steps {steps - window + 1} to {steps}, n = 12 inputs" in repr(report)
 
 
-def test_every_site_is_followed_with_the_names_of_diagnose():
-    model = Mixed()
-    x = torch.randn(8, 2, 5, 5)
-    with Watch(model, window=1, functional="follow") as watch:
-        model(x)
-    report = watch.compute()
-    expected = diagnose(model, [x])
-    assert watch.unfollowed == []
-    assert {site.name for site in report} == {site.name for site in expected}
-    for site in report:
-        if "#2" not in site.name and "()" not in site.name:
-            continue
-        assert site.units == expected[site.name].units
+def test_sites_have_the_names_and_peaks_of_diagnose():
     model = Mixed()
     model.drop.p = 0.0
     model.bn.momentum = 0.0
-    with Watch(model, window=1, functional="follow") as watch:
-        model(x)
-    for site in watch.compute():
-        torch.testing.assert_close(site.peak, diagnose(model, [x])[site.name].peak)
-
-
-def test_sites_that_hooks_cannot_follow_are_named():
     x = torch.randn(8, 2, 5, 5)
-    with (
-        Watch(Mixed()) as watch,
-        pytest.warns(UserWarning, match=r"cannot follow relu\(\)#2; functional='follow'"),
-    ):
-        watch._model(x)
-    assert watch.unfollowed == ["relu()#2"]
-    model = Mixed()
-    with (
-        pytest.raises(RuntimeError, match=r"cannot follow relu\(\)#2"),
-        Watch(model, functional="raise"),
-    ):
+    cannot = pytest.warns(UserWarning, match=r"cannot follow relu\(\)#2: no module")
+    with Watch(model, window=1) as watch, cannot:
         model(x)
-    assert not model._forward_pre_hooks
-    with Watch(Mixed(), window=1, functional="ignore") as watch:
-        watch._model(x)
-    assert "Not followed: relu()#2" in repr(watch.compute())
+    expected = diagnose(model, [x])
+    assert {site.name for site in expected} - {site.name for site in watch.compute()} == {
+        "relu()#2"
+    }
+    assert watch.unfollowed == ["relu()#2"]
+    assert "Not followed: relu()#2." in repr(watch.compute())
+    for site in watch.compute():
+        torch.testing.assert_close(site.peak, expected[site.name].peak)
+
+
+class Views(nn.Module):
+    """Functions of what a module gets or returns, seen otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.own, self.out = nn.Linear(3, 4), Own(), nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.fc(x).transpose(1, 2)).transpose(1, 2)
+        h = F.relu6(self.out(h).flatten(0, 1)) + torch.relu(self.norm(h)).flatten(0, 1)
+        left = self.fc(x)
+        left.add_(1.0)
+        return self.own(h) + F.relu(left).flatten(0, 1)
+
+
+class Own(nn.Module):
+    """A rectifier written by oneself, behind another in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.hardtanh(x + 0.0, 0.0, 3.0, inplace=True) - 0.1)
+
+
+def test_functions_of_a_view_are_followed_and_of_a_changed_tensor_are_not():
+    model, x = Views(), torch.randn(2, 5, 3)
+    expected = diagnose(model, [x])
+    with Watch(model, window=1) as watch, pytest.warns(UserWarning, match="cannot follow"):
+        model(x)
+    names = [site.name for site in expected]
+    assert len(names) == 6
+    followed = [site.name for site in watch.compute()]
+    assert followed == ["relu()#1", "relu6()", "relu()#2"]
+    assert sorted(watch.unfollowed) == sorted(set(names) - set(followed))
+    for site in watch.compute():
+        torch.testing.assert_close(site.peak, expected[site.name].peak)
 
 
 def test_recurrent_sites_are_named_too():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.RNN(3, 4, nonlinearity="relu"))
-    with Watch(model, functional="follow") as watch, pytest.warns(UserWarning, match=r"2\.l0"):
+    with Watch(model) as watch, pytest.warns(UserWarning, match=r"2\.l0"):
         model(torch.randn(5, 2, 3))
     assert watch.unfollowed == ["2.l0"]
 
@@ -314,13 +335,13 @@ def no_hooks(model: nn.Module) -> bool:
     )
 
 
+@sum_is_left_out
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("functional", ["ignore", "follow"])
-def test_hooks_are_removed_after_an_exception(error, functional):
+def test_hooks_are_removed_after_an_exception(error):
     model = Mixed()
 
     def fail_later() -> None:
-        with Watch(model, functional=functional):
+        with Watch(model):
             model(torch.randn(8, 2, 5, 5))
             raise error
 
@@ -333,7 +354,7 @@ def test_hooks_are_removed_after_an_exception(error, functional):
             raise error
 
     handle = model.fc2.register_forward_pre_hook(fail)  # in the middle of a forward pass
-    with pytest.raises(error), Watch(model, functional=functional):
+    with pytest.raises(error), Watch(model):
         model(torch.randn(8, 2, 5, 5))
     handle.remove()
     assert no_hooks(model)
@@ -366,8 +387,10 @@ def test_bad_arguments():
         Watch(lambda x: x)
     with pytest.raises(ValueError, match="at least 1"):
         Watch(model, window=0)
-    with pytest.raises(ValueError, match="functional is 'warn'"):
-        Watch(model, functional="maybe")
+    with pytest.raises(ValueError, match="at least 1"):
+        Watch(model, window=2.5)
+    with pytest.raises(TypeError, match="optimizer must be"):
+        Watch(model, optimizer=model)
     with pytest.raises(ValueError, match="called no rectifier"), Watch(nn.Linear(3, 2)) as watch:
         watch._model(torch.randn(2, 3))
     lone = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 1))
@@ -378,28 +401,36 @@ def test_bad_arguments():
     assert watch.compute()["0"].units == 3
 
 
-def test_a_new_call_leads_to_another_audit():
-    class Late(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.relu, self.twice = nn.Linear(3, 3), nn.ReLU(), False
+class Often(nn.Module):
+    """One rectifier that serves as many calls as asked for."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.relu(self.fc(x))
-            return self.relu(self.fc(x)) if self.twice else x
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.relu, self.second = nn.Linear(3, 3), nn.ReLU(), True
 
-    model = Late()
-    x = torch.randn(4, 3)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.fc(x))
+        return self.relu(self.fc(x)) if self.second else x
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_a_module_called_more_or_less_often_is_named(second):
+    """Nothing tells which of its calls was left out or added."""
+    model, x = Often(), torch.randn(4, 3)
+    model.second = second
+    names = ["relu#1", "relu#2"] if second else ["relu"]
     with Watch(model, window=1) as watch:
         model(x)
-        model.twice = True
+        assert [site.name for site in watch.compute()] == names
+        model.second = not second
+        with pytest.warns(UserWarning, match="more or less often"):
+            model(x)
         model(x)
-        assert [site.name for site in watch.compute()] == ["relu"]
-        model(x)
-    assert [site.name for site in watch.compute()] == ["relu#1", "relu#2"]
+    assert watch.compute().sites == []
+    assert watch.unfollowed == names
 
 
-def test_a_call_by_keyword_is_named():
+def test_a_call_by_keyword_is_read_from_what_came_before():
     class Keyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -408,9 +439,10 @@ def test_a_call_by_keyword_is_named():
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(input=self.fc(x))
 
-    model = Keyword()
-    with Watch(model, window=1), pytest.warns(UserWarning, match="cannot follow relu"):
-        model(torch.randn(2, 3))
+    model, x = Keyword(), torch.randn(2, 3)
+    with Watch(model, window=1) as watch:
+        model(x)
+    assert torch.equal(watch.compute()["relu"].peak, model.fc(x).amax(0))
 
 
 def test_checkpointed_parts_are_not_counted_twice():
@@ -430,6 +462,7 @@ def test_checkpointed_parts_are_not_counted_twice():
     assert watch.step == 3
 
 
+@sum_is_left_out
 def test_autocast_and_double():
     plain = Mixed()
     for kind in ("autocast", "double"):
@@ -445,15 +478,16 @@ def test_autocast_and_double():
             train(model, (2, 5, 5), 6, run=forward)
 
         run(one)
-        with Watch(two, window=2, functional="follow") as watch:
+        with Watch(two, window=2) as watch:
             run(two)
         assert same(one, two)
-        assert len(watch.compute()) == 4
+        assert len(watch.compute()) == 3
         units = sum(site.units for site in watch.compute())
         assert watch.nbytes() <= 16 * units
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, while tracing
+@sum_is_left_out
+@torchs_own
 @pytest.mark.parametrize(
     ("backend", "order"),
     [
@@ -471,21 +505,21 @@ def test_compiled_models(backend, order):
     model = copy.deepcopy(plain)
     model.drop.p = plain.drop.p = 0.0
     expected = copy.deepcopy(plain)
-    with Watch(expected, window=2, functional="ignore") as reference:
+    with Watch(expected, window=2) as reference:
         train(expected, (2, 5, 5), 6)
     if order == "attached first":
-        watch = Watch(model, window=2, functional="ignore").attach()
+        watch = Watch(model, window=2).attach()
         compiled = torch.compile(model, backend=backend)
     elif order == "in place":
         model.compile(backend=backend)
         compiled = model
-        watch = Watch(model, window=2, functional="ignore").attach()
+        watch = Watch(model, window=2).attach()
     else:
         compiled = torch.compile(model, backend=backend)
         if order == "called first":
             compiled(torch.randn(8, 2, 5, 5))
             model.load_state_dict(plain.state_dict())
-        watch = Watch(compiled, window=2, functional="ignore").attach()
+        watch = Watch(compiled, window=2).attach()
     train(model, (2, 5, 5), 6, run=compiled)
     watch.close()
     assert watch.step == 6
@@ -527,9 +561,10 @@ def test_channel_peak_of_convolutions(shape):
     assert rest
 
 
+@sum_is_left_out
 def test_memory_is_at_most_sixteen_bytes_a_unit():
     for model, x in ((mlp(5, 64, 64, 1), torch.randn(4, 5)), (Mixed(), torch.randn(4, 2, 5, 5))):
-        with Watch(model, window=1, functional="follow") as watch:
+        with Watch(model, window=1) as watch:
             model(x)
         assert watch.nbytes() <= 16 * sum(site.units for site in watch.compute())
 
@@ -592,3 +627,195 @@ def test_on_cuda():
     torch.use_deterministic_algorithms(False)
     assert same(plain, watched)
     assert watch.compute().sites[0].dead.device.type == "cpu"
+
+
+# Copies, compiled code, late parts, wrapped optimizers, nested watches.
+
+
+def test_a_copy_of_a_watched_model_is_not_watched(tmp_path):
+    model, x = mlp(3, 4, 1), torch.randn(5, 3)
+    with Watch(model, window=1) as watch:
+        model(x)
+        before = watch.compute()
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.fill_(1.0)
+        twin(x)
+        assert watch.compute() is before
+        assert watch.step == 1
+        torch.save(model, tmp_path / "watched.pt")
+        torch.save(twin, tmp_path / "twin.pt")
+        model(x)
+        assert watch.step == 2
+        assert torch.equal(watch.compute()["1"].peak, before["1"].peak)
+    for name in ("watched.pt", "twin.pt"):
+        loaded = torch.load(tmp_path / name, weights_only=False)
+        loaded(x).sum().backward()
+        assert watch.step == 2
+    assert b"relubook" not in (tmp_path / "watched.pt").read_bytes()  # loads without this package
+    with Watch(twin, window=1) as other:
+        twin(x)
+    assert other.step == 1
+
+
+@torchs_own
+@pytest.mark.parametrize("known", ["wrapper", "architecture", "step"])
+def test_code_that_was_compiled_before(known):
+    """The watched module is not compiled itself, as far as it can tell."""
+    torch._dynamo.reset()
+    model, x = mlp(3, 4, 1), torch.randn(5, 3)
+    call: Callable[[Tensor], Tensor] = torch.compile(model, backend="eager")
+    if known == "architecture":
+        other = torch.compile(copy.deepcopy(model), backend="eager")
+        other(x)
+    elif known == "step":
+
+        @torch.compile(backend="eager")
+        def call(x: Tensor) -> Tensor:
+            return model(2 * x).square()
+
+    if known != "architecture":
+        call(x)
+    with Watch(model, window=1) as watch:
+        call(x)
+        call(x)
+    assert watch.step == 2
+    seen = 2 * x if known == "step" else x
+    assert torch.equal(watch.compute()["1"].peak, model[0](seen).amax(0))
+    torch._dynamo.reset()
+
+
+def test_a_watch_that_saw_no_step_says_why():
+    class Lightning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(3, 4, 1)
+
+        def training_step(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model, x = Lightning(), torch.randn(2, 3)
+    with pytest.warns(
+        UserWarning, match=r"saw no step: Lightning itself was not called.*training_s"
+    ):
+        with Watch(model):
+            model.training_step(x)
+    with pytest.warns(UserWarning, match="each call of Sequential was in evaluation mode or with"):
+        with Watch(model.net):
+            model.net.eval()(x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="the optimizer took none"):
+        with Watch(model.net.train(), optimizer=optimizer):
+            model.net(x)
+    with pytest.warns(UserWarning, match="itself was not called"):
+        with Watch(model, optimizer=optimizer):
+            optimizer.step()
+    watch = Watch(model).attach()
+    with pytest.warns(UserWarning, match="saw no step"):
+        watch.close()
+    watch.close()  # once is enough
+    with pytest.raises(KeyboardInterrupt), Watch(model):  # the error says it all
+        raise KeyboardInterrupt
+
+
+class Experts(nn.Module):
+    """Each input goes to one expert; a pass calls those that get some."""
+
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(3, 4), act or nn.ReLU(inplace=True), nn.Linear(4, 1))
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 1)
+        for number, expert in enumerate(self.experts):
+            mine = which == number
+            if bool(mine.any()):
+                out[mine] = expert(x[mine])
+        return out
+
+
+def test_parts_that_the_audit_did_not_reach_are_followed_from_their_first_call():
+    model, x = Experts(), torch.randn(6, 3)
+    state = torch.get_rng_state()
+    with Watch(model, window=2) as watch:
+        model(x, torch.tensor([0, 0, 0, 0, 0, 0]))
+        model(x, torch.tensor([0, 0, 0, 2, 2, 2]))
+        assert [site.name for site in watch.compute()] == ["experts.0.1", "experts.2.1"]
+        late = watch.compute()["experts.2.1"]
+        assert torch.equal(late.peak, model.experts[2][0](x[3:]).amax(0))
+        assert torch.equal(torch.get_rng_state(), state)
+        model(x, torch.tensor([1, 0, 0, 2, 2, 2]))
+        model(x, torch.tensor([1, 1, 1, 2, 2, 2]))
+        report = watch.compute()
+        assert torch.equal(report["experts.1.1"].peak, model.experts[1][0](x[:3]).amax(0))
+        model(x, torch.tensor([2, 2, 2, 2, 2, 2]))
+        model(x, torch.tensor([2, 2, 2, 2, 2, 2]))
+        assert torch.equal(watch.compute()["experts.1.1"].peak, torch.full((4,), -torch.inf))
+    expected = diagnose(model, [(x,)], forward=lambda m, b: m(b[0], torch.arange(6) % 3))
+    assert {site.name for site in report} == {site.name for site in expected}
+    assert watch.unfollowed == []
+    assert no_hooks(model)
+
+
+def test_a_rectifier_shared_by_late_parts_is_named():
+    model, x = Experts(nn.ReLU()), torch.randn(6, 3)
+    with Watch(model, window=1) as watch:
+        model(x, torch.tensor([0, 0, 0, 2, 2, 2]))
+        assert len(watch.compute()) == 2
+        with pytest.warns(UserWarning, match="more or less often than in the audit"):
+            model(x, torch.tensor([0, 0, 1, 2, 2, 2]))
+    assert watch.compute().sites == []
+    assert len(watch.unfollowed) == 3
+
+
+def test_training_with_late_parts_is_bit_identical():
+    plain = Experts()
+    watched = copy.deepcopy(plain)
+    for model in (plain, watched):
+        with Watch(model) if model is watched else contextlib.nullcontext():
+            drawn = torch.Generator().manual_seed(0)
+            route = lambda x, model=model, drawn=drawn: model(  # noqa: E731
+                x, torch.randint(3, (1,), generator=drawn).expand(len(x))
+            )
+            train(model, (3,), 8, run=route)
+    assert same(plain, watched)
+
+
+def test_optimizers_that_wrap_another():
+    """As Accelerate's does: an ``Optimizer`` in name, which never initialized its own hooks."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> None:
+            self.optimizer.step(closure)
+
+    model = mlp(3, 4, 1)
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    wrapper = Wrapper(inner)
+    with Watch(model, window=1, optimizer=wrapper) as watch:
+        for _ in range(2):
+            model(torch.randn(2, 3)).sum().backward()
+            wrapper.step()
+    assert watch.step == 2
+    assert not inner._optimizer_step_post_hooks
+
+
+def test_nested_watches_agree():
+    model, x = nn.Sequential(mlp(3, 4, 4), nn.ReLU(), nn.Linear(4, 1)), torch.randn(5, 3)
+    with Watch(model, window=1) as outer, Watch(model, window=1) as inner:
+        for step in range(6):
+            with Watch(model[0], window=1) as part:  # audits in the midst of the others' pass
+                model(x)
+                assert (outer.step, inner.step, part.step) == (step + 1, step + 1, 1)
+    assert outer.unfollowed == inner.unfollowed == part.unfollowed == []
+    expected = diagnose(model, [x])
+    for watch, prefix in ((outer, ""), (inner, ""), (part, "0.")):
+        for site in watch.compute():
+            torch.testing.assert_close(site.peak, expected[prefix + site.name].peak)
+    assert no_hooks(model)

@@ -1,7 +1,20 @@
-"""What every report on a model shares: its sites by name, and a plain table of them."""
+"""What every report on a model shares, and the report of ``diagnose``."""
 
+import html
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from relubook._optional import require
+
+STATES = ("dead", "rare", "mixed", "always on", "non-finite")
+"""The states of a unit of a rectifier; each unit is in exactly one of them."""
+
+RARE = 0.01
+"""A unit that fires on fewer than this share of the inputs, and on one at least, is rare."""
 
 
 class Named(Protocol):
@@ -16,7 +29,7 @@ S = TypeVar("S", bound=Named)
 
 
 class SiteListing(Generic[S]):
-    """Sites in execution order, each to be had by its name.
+    """Sites in execution order, each to be had by its name or its place.
 
     Attributes:
         sites: The sites.
@@ -33,11 +46,13 @@ class SiteListing(Generic[S]):
     def __contains__(self, name: object) -> bool:
         return any(site.name == name for site in self.sites)
 
-    def __getitem__(self, name: str) -> S:
+    def __getitem__(self, key: str | int) -> S:
+        if isinstance(key, int):
+            return self.sites[key]
         for site in self.sites:
-            if site.name == name:
+            if site.name == key:
                 return site
-        raise KeyError(f"no site {name!r}; the sites are {', '.join(s.name for s in self.sites)}")
+        raise KeyError(f"no site {key!r}; the sites are {', '.join(s.name for s in self.sites)}")
 
 
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
@@ -60,3 +75,353 @@ def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     ]
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return lines
+
+
+def silence_bound(inputs: int, confidence: float = 0.95) -> float:
+    """Bound the firing rate of a unit that was silent on every input.
+
+    The exact (Clopper and Pearson 1934) one-sided bound for no success in n independent trials:
+    the rate p at which ``(1 - p) ** n == 1 - confidence``. It is close to 3/n at 95%.
+
+    Args:
+        inputs: Number n of independent inputs. Positions of one input do not count.
+        confidence: Level of the bound.
+
+    Returns:
+        The upper bound on the rate; 1 for no input.
+
+    Source:
+        https://doi.org/10.1093/biomet/26.4.404
+    """
+    return 1.0 if inputs < 1 else 1.0 - (1.0 - confidence) ** (1.0 / inputs)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteReport:
+    """What one rectifier did: one entry per unit.
+
+    Attributes:
+        name: The site's name, see :func:`relubook.units.diagnosis.diagnose`.
+        kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ``"threshold"``, ``"hardswish"`` and so on.
+        producer: Qualified name of the module with weights (linear, convolution, normalization
+            and so on) whose output reached the rectifier directly, or through shape-only
+            operations, pooling or dropout. ``None`` where something else came in between, such as
+            the sum of a residual connection.
+        unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
+            view spread them over several (attention heads): units are then counted row by row.
+        inputs: Number of independent inputs that reached the site; 1 if it depends on none.
+        observations: Number of values seen per unit: inputs times positions times calls.
+        fired: ``int64``, shape (units,): on how many observations the unit was not silent.
+        fired_inputs: ``int64``, shape (units,): on how many inputs it fired at one position at
+            least. ``None`` where the inputs cannot be told apart at the site.
+        peak: Shape (units,): largest pre-activation.
+        nonfinite: ``bool``, shape (units,): some pre-activation was NaN or infinite. Such a unit
+            is in no other state, since NaN is not silence.
+        score: Shape (units,): mean absolute output over its mean across the layer (Sokar et al.
+            2023, https://arxiv.org/abs/2302.12902); ``None`` unless asked for by
+            ``family="all"``.
+        dormant_threshold: A unit with a score up to this one is dormant.
+        silences: Whether the function can be silent at all. Leaky and smooth ones are not:
+            their units are never dead, but may be dormant.
+        shape: Shape of the rectifier's input when the site was first reached.
+        location: ``"file.py:12"``, the line of the model that made the call, if known.
+        calls: How often it was called, over all batches.
+    """
+
+    name: str
+    kind: str
+    producer: str | None
+    unit_dim: int | tuple[int, ...]
+    inputs: int
+    observations: int
+    fired: Tensor
+    fired_inputs: Tensor | None
+    peak: Tensor
+    nonfinite: Tensor
+    score: Tensor | None = None
+    dormant_threshold: float = 0.025
+    silences: bool = True
+    shape: tuple[int, ...] = ()
+    location: str | None = None
+    calls: int = 1
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.fired.numel()
+
+    @property
+    def rate(self) -> Tensor:
+        """Share of the observations on which each unit fired, ``float64``, shape (units,)."""
+        return self.fired.double() / max(self.observations, 1)
+
+    def _judged(self, mask: Tensor) -> Tensor:
+        return mask & ~self.nonfinite if self.silences else torch.zeros_like(self.nonfinite)
+
+    @property
+    def dead(self) -> Tensor:
+        """Units silent on every observation, ``bool``, shape (units,)."""
+        return self._judged(self.fired == 0)
+
+    @property
+    def rare(self) -> Tensor:
+        """Units that fired, but on fewer than 1% of the inputs, ``bool``, shape (units,).
+
+        Where the inputs cannot be told apart (``fired_inputs`` is ``None``), on fewer than 1% of
+        the observations.
+        """
+        few = self.fired < RARE * self.observations
+        if self.fired_inputs is not None:
+            few = self.fired_inputs < RARE * self.inputs
+        return self._judged(few & (self.fired > 0) & ~self.always_on)
+
+    @property
+    def always_on(self) -> Tensor:
+        """Units that were never silent, so that they act linearly, ``bool``, shape (units,)."""
+        return self._judged(self.fired == self.observations)
+
+    @property
+    def mixed(self) -> Tensor:
+        """Units in none of the other states, ``bool``, shape (units,)."""
+        return ~(self.dead | self.rare | self.always_on | self.nonfinite)
+
+    @property
+    def dormant(self) -> Tensor | None:
+        """Units with a score up to the threshold, ``bool``, shape (units,); ``None`` unscored."""
+        return None if self.score is None else self.score <= self.dormant_threshold
+
+    @property
+    def upper_bound(self) -> Tensor:
+        """95% upper bound on the firing rate of each silent unit, ``float64``, shape (units,).
+
+        See :func:`silence_bound`. It counts inputs, not positions. NaN for units that fired, or
+        that saw a non-finite value.
+        """
+        bound = torch.full((self.units,), silence_bound(self.inputs), dtype=torch.float64)
+        return bound.masked_fill(~self.dead, torch.nan)
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of dead units."""
+        return int(self.dead.sum()) / max(self.units, 1)
+
+    @property
+    def dead_layer(self) -> bool:
+        """Whether all units are dead; the network is then constant behind the site."""
+        return self.units > 0 and bool(self.dead.all())
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the units in each state, by the names of ``STATES``."""
+        masks = (self.dead, self.rare, self.mixed, self.always_on, self.nonfinite)
+        return dict(zip(STATES, masks, strict=True))
+
+    def counts(self) -> dict[str, int]:
+        """Return how many units are in each state, by the names of ``STATES``."""
+        return {state: int(mask.sum()) for state, mask in self.masks().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers and lists, ready for JSON (save for NaN)."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in own.items()}
+        return plain | {"units": self.units, "counts": self.counts()}
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{count} {state}" for state, count in self.counts().items() if count)
+        return (
+            f"{self.name} ({self.kind}): {self.units} units, {states}; n = {self.inputs:,} inputs"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report(SiteListing[SiteReport]):
+    """What ``diagnose`` found. ``print`` shows it as a table, Jupyter as a rich one.
+
+    ``report["name"]`` and ``report[0]`` are one site, ``len(report)`` their number, and iterating
+    gives them in execution order.
+
+    Attributes:
+        sites: One :class:`SiteReport` per rectifier, in execution order.
+        inputs: Number of inputs the model saw.
+        batches: Number of batches it saw.
+        skipped: Indices of batches that were left out because they held NaN or infinity.
+        notes: What could not be seen, or was left out on purpose, in words.
+        example: The input of the first batch, as it was given, on which
+            :func:`relubook.units.revival.revive_` runs the model; None with ``forward=``.
+    """
+
+    sites: list[SiteReport]
+    inputs: int = 0
+    batches: int = 0
+    skipped: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    example: Any = None
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of dead units among the units of all rectifiers; dormant ones do not count."""
+        units = sum(site.units for site in self.sites if site.silences)
+        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
+
+    @property
+    def dead_layers(self) -> list[str]:
+        """Names of the sites whose units are all dead."""
+        return [site.name for site in self.sites if site.dead_layer]
+
+    def assert_alive(self, max_dead: float = 0.0) -> None:
+        """Raise unless every site is alive: for tests and continuous integration.
+
+        Args:
+            max_dead: Largest share of dead units that a site may have, from 0 to 1. A dead layer
+                fails at any value below 1.
+
+        Raises:
+            AssertionError: If a site has a larger share of dead units, or a unit that saw NaN or
+                infinity. Names each.
+            ValueError: If ``max_dead`` is not between 0 and 1.
+        """
+        if not 0 <= max_dead <= 1:
+            raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
+        faults = []
+        for site in self.sites:
+            counts = site.counts()
+            if site.dead_fraction > max_dead:
+                whole = ", the whole layer" if site.dead_layer else ""
+                faults.append(
+                    f"{site.name}: {counts['dead']} of {site.units} units dead{whole} "
+                    f"(n = {site.inputs:,} inputs)"
+                )
+            if counts["non-finite"]:
+                faults.append(f"{site.name}: {counts['non-finite']} units non-finite")
+        if faults:
+            message = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
+            raise AssertionError("\n  ".join([message, *faults]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the example as plain numbers, lists and dictionaries."""
+        return {
+            "inputs": self.inputs,
+            "batches": self.batches,
+            "dead_fraction": self.dead_fraction,
+            "dead_layers": self.dead_layers,
+            "skipped": self.skipped,
+            "notes": self.notes,
+            "sites": [site.to_dict() for site in self.sites],
+        }
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per unit.
+
+        Returns:
+            Columns ``site, kind, producer, unit, state, fired, observations, rate, inputs,
+            fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        pandas = require("pandas", "tables of results")
+        names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
+        frames = []
+        for site in self.sites:
+            masks = torch.stack(list(site.masks().values())).int()
+            columns: dict[str, Any] = {"site": site.name, "kind": site.kind}
+            columns |= {"producer": site.producer, "unit": range(site.units)}
+            columns["state"] = [STATES[state] for state in masks.argmax(0).tolist()]
+            for name in (*names, "score"):
+                value = getattr(site, name)
+                columns[name] = value.tolist() if isinstance(value, Tensor) else value
+            frame = pandas.DataFrame(columns)
+            frames.append(frame.astype({"fired_inputs": float, "score": float}))
+        return pandas.concat(frames, ignore_index=True)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw one bar per site, in execution order, split by the state of its units.
+
+        Args:
+            axes: ``matplotlib.axes.Axes`` to draw on. Default: a new figure, tall enough.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        if axes is None:
+            pyplot = require("matplotlib.pyplot", "figures")
+            size = (5.2, 1.3 + 0.3 * len(self.sites))
+            axes = pyplot.subplots(figsize=size, layout="constrained")[1]
+        looks = (
+            ("#000000", ""), ("#D55E00", "////"), ("#dddddd", ""), ("#882255", ".."),
+            ("#C6619A", "xx"),
+        )  # fmt: skip
+        left = [0.0] * len(self.sites)
+        for state, (color, hatch) in zip(STATES, looks, strict=True):
+            widths = [site.counts()[state] / max(site.units, 1) for site in self.sites]
+            if any(widths):
+                style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+                axes.barh(range(len(left)), widths, left=left, label=state, **style)
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+        labels = [f"{site.name} ({site.units})" for site in self.sites]
+        axes.set_yticks(range(len(labels)), labels, fontsize=9)
+        axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), xlabel="share of the site's units")
+        axes.set_title(f"{self.dead_fraction:.1%} of the units dead, n = {self.inputs:,} inputs")
+        axes.grid(False)
+        handles, states = axes.get_legend_handles_labels()
+        axes.figure.legend(handles, states, loc="outside lower center", ncols=3)
+        return axes.figure
+
+    def _rows(self) -> list[list[str]]:
+        columns = ["site", "kind", "units", "dead", "rare", "always on"]
+        columns += ["non-finite"] * any(bool(site.nonfinite.any()) for site in self.sites)
+        columns += ["dormant"] * any(site.score is not None for site in self.sites)
+        rows = [[*columns, "median rate", "n"]]
+        for site in self.sites:
+            cells = {"site": site.name, "kind": site.kind, "units": f"{site.units:,}"}
+            for state, count in site.counts().items():
+                cells[state] = f"{count:,}" if site.silences or state == "non-finite" else "-"
+            cells["dormant"] = "-" if site.dormant is None else f"{int(site.dormant.sum()):,}"
+            median = f"{float(site.rate.quantile(0.5)):.3f}" if site.units else "-"
+            rows.append([*(cells[column] for column in columns), median, f"{site.inputs:,}"])
+        return rows
+
+    def _remarks(self) -> list[str]:
+        remarks = [
+            f"DEAD LAYER: all {site.units} units of {site.name} are dead: "
+            "the network is constant behind it (save for paths around it)."
+            for site in self.sites
+            if site.dead_layer
+        ]
+        remarks += [
+            f"NON-FINITE: {int(site.nonfinite.sum())} units of {site.name} saw NaN or infinity; "
+            "that is not silence."
+            for site in self.sites
+            if site.nonfinite.any()
+        ]
+        dead = sum(int(site.dead.sum()) for site in self.sites)
+        if dead:
+            fewest = min(site.inputs for site in self.sites if site.dead.any())
+            remarks.append(
+                f"{dead:,} dead unit{'s' * (dead != 1)} ({self.dead_fraction:.1%}). Silence on "
+                f"n = {fewest:,} independent inputs bounds a unit's firing rate by "
+                f"{silence_bound(fewest):.2%} (95%)."
+            )
+        if self.skipped:
+            remarks.append(f"Left out for NaN or infinity: batches {self.skipped}.")
+        return remarks + self.notes
+
+    def __repr__(self) -> str:
+        return "\n".join([*plain_table(self._rows(), words=2), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, cells: list[str]) -> str:
+            bold = "font-weight:bold" if cells[0] in self.dead_layers else ""
+            line = "".join(
+                f'<{tag} style="padding:.1em .6em;text-align:{"left" if column < 2 else "right"}">'
+                f"{html.escape(cell)}</{tag}>"
+                for column, cell in enumerate(cells)
+            )
+            return f'<tr style="{bold}">{line}</tr>'
+
+        header, *rows = self._rows()
+        body = "".join(row("td", cells) for cells in rows)
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<table><thead>{row('th', header)}</thead><tbody>{body}</tbody></table>{remarks}"

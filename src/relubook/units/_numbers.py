@@ -1,0 +1,411 @@
+"""Number units and inputs, and carry the numbers along a forward pass.
+
+Beside each tensor go two of its shape: the number of the unit, and of the input, that each element
+belongs to. What moves elements moves their numbers too; a layer with weights numbers its units
+anew. They are expanded from a few numbers (with stride 0), and so cost next to nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+RAW = "no layer came before it"
+"""Why the units of the network's own input are unknown."""
+
+
+def words(text: str) -> frozenset[str]:
+    """Return a set of names."""
+    return frozenset(text.split())
+
+
+SAME = words("clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy")
+SHAPES = words("view _unsafe_view _reshape_alias view_copy squeeze unsqueeze")
+VIEWS = words(
+    "permute transpose t expand slice select split split_with_sizes unsafe_split unbind "
+    "unsafe_split_with_sizes diagonal unfold"
+)
+PICKS = words(
+    "index index_select gather flip roll pixel_shuffle pixel_unshuffle channel_shuffle "
+    "native_channel_shuffle _pack_padded_sequence cat stack"
+)
+NUMBERS = ("units", "inputs")
+FACTORS = {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+}
+CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+WHOLE = (nn.Linear, nn.modules.conv._ConvNd, *CHANNELED, nn.LayerNorm, nn.Embedding)
+LAYERS = (*WHOLE, nn.RNNBase, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+"""Modules whose output has units of its own."""
+
+
+def numbered(shape: Sequence[int], *dims: int) -> Tensor:
+    """Number the places along some dimensions, alike along all others."""
+    kept = {dim % len(shape) for dim in dims}
+    sizes = [size if dim in kept else 1 for dim, size in enumerate(shape)]
+    return torch.arange(math.prod(sizes), device="cpu").view(sizes).expand(tuple(shape))
+
+
+def core(numbers: Tensor) -> Tensor:
+    """Return the numbers with size 1 along each dimension along which they do not vary."""
+    for dim in sorted(range(numbers.ndim), key=numbers.stride):  # cheap ones first
+        first = numbers.narrow(dim, 0, 1) if numbers.shape[dim] > 1 else numbers
+        if numbers.stride(dim) == 0 or bool((numbers == first).all()):
+            numbers = first
+    return numbers
+
+
+def along(numbers: Tensor) -> list[int]:
+    """Return the dimensions along which the numbers vary."""
+    return [dim for dim, size in enumerate(core(numbers).shape) if size > 1]
+
+
+def fitted(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Return the numbers of a result of another shape that was made place by place.
+
+    ``None`` if a dimension along which they vary changed its size, or if dimensions are gone.
+    """
+    if numbers is None or numbers.shape == tuple(shape):
+        return numbers
+    small = core(numbers)
+    new = shape[len(shape) - small.ndim :]
+    if small.ndim > len(shape) or any(
+        a not in (1, b) for a, b in zip(small.shape, new, strict=True)
+    ):
+        return None
+    return small.expand(tuple(shape))
+
+
+def reshaped(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Return the numbers under a view of another shape, copying as few as possible."""
+    if numbers is None or numbers.numel() != math.prod(shape):
+        return None
+    sizes = list(shape)
+    for dim, (old, new) in enumerate(zip(numbers.shape, shape, strict=False)):
+        if old != new:
+            break
+        if numbers.stride(dim) == 0 and old:
+            numbers, sizes[dim] = numbers.narrow(dim, 0, 1), 1
+    return numbers.reshape(sizes).expand(tuple(shape))
+
+
+def summed(numbers: Tensor | None, dims: Sequence[int], shape: Sequence[int]) -> Tensor | None:
+    """Return the numbers after sums along some dimensions; ``None`` if they vary there."""
+    if numbers is None or not set(dims).isdisjoint(along(numbers)):
+        return None
+    small = core(numbers)
+    return fitted(small.squeeze(tuple(dims)) if len(shape) < small.ndim else small, shape)
+
+
+def _count(numbers: Tensor) -> int:
+    return core(numbers).numel()
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two numberings of one shape tell the same elements apart."""
+    if one is other:
+        return True
+    one, other = core(one), core(other)
+    if one.shape != other.shape:
+        return False
+    return bool((one.unique(return_inverse=True)[1] == other.unique(return_inverse=True)[1]).all())
+
+
+class Layer(NamedTuple):
+    """A call of a layer with weights.
+
+    Attributes:
+        name: Qualified name of the module; ``None`` for constants and layers made in the pass.
+        source: What tells it from other layers: name and parameter.
+        dim: The dimension of its output along which units lie, from the end.
+        age: When it was called.
+    """
+
+    name: str | None
+    source: tuple[str, ...] = ()
+    dim: int = -1
+    age: int = 0
+
+
+class Tag(NamedTuple):
+    """Where a tensor comes from.
+
+    Attributes:
+        units: Number of the unit of each element, or ``None`` if unknown.
+        inputs: Number of the input of each element, or ``None`` if unknown.
+        data: Whether it depends on the model's inputs.
+        reason: Why the units are unknown.
+        layer: What numbered its units.
+        near: Whether nothing but shape operations, pooling or dropout came since.
+        weight: It was computed from parameters only, those of ``layer``.
+    """
+
+    units: Tensor | None = None
+    inputs: Tensor | None = None
+    data: bool = True
+    reason: str = RAW
+    layer: Layer = Layer(None)
+    near: bool = False
+    weight: bool = False
+
+
+def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
+    """Return the tag of a result that has, place by place, the units of an operator's arguments."""
+    data = any(tag.data for tag in tags)
+    told = [own for tag in tags if (own := fitted(tag.inputs, shape)) is not None]
+    same = told and all(torch.equal(core(told[0]), core(own)) for own in told[1:])
+    inputs = told[0] if same else None
+    known = [tag for tag in tags if tag.units is not None]
+    if not known:
+        reason = next((tag.reason for tag in tags if tag.reason != RAW), RAW)
+        return Tag(None, inputs, data, reason)
+    fits = [(tag, own) for tag in known if (own := fitted(tag.units, shape)) is not None]
+    if not fits:
+        return Tag(None, inputs, data, "the dimension of its units changed size")
+    fits = [pair for pair in fits if along(pair[1])] or fits  # many units before a single one
+    latest, units = max(fits, key=lambda pair: pair[0].layer.age)
+    if not all(alike(units, own) for _, own in fits):
+        return Tag(None, inputs, data, "tensors with units in different dimensions met")
+    return Tag(units, inputs, data, "", latest.layer)
+
+
+class Numbering:
+    """The tags of the tensors of a forward pass.
+
+    Args:
+        modules: The model's modules by name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.running = ""
+        self.tags = WeakTensorKeyDictionary()
+        self.nameless = 0
+        self.age = 0
+        self.owners: dict[int, tuple[nn.Parameter, list[tuple[str, str]]]] = {}
+        for name, module in modules.items():
+            for own, parameter in module.named_parameters(recurse=False):
+                self.owners.setdefault(id(parameter), (parameter, []))[1].append((name, own))
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self.tags.clear()
+        self.nameless = 0
+
+    def of(self, tensor: Any) -> Tag | None:
+        """Return the tag of a tensor; ``None`` for one made from constants and for no tensor."""
+        if not isinstance(tensor, Tensor):
+            return None
+        if id(tensor) not in self.owners:
+            return self.tags.get(tensor)
+        owners = self.owners[id(tensor)][1]
+        inside = [pair for pair in owners if f"{pair[0]}.".startswith(f"{self.running}.")]
+        name, own = inside[0] if inside else owners[0]
+        name = self.running if inside and self.running else name
+        whole = isinstance(self.modules[name], (*WHOLE, nn.RNNCellBase))
+        return Tag(weight=True, layer=Layer(name, (name,) if whole else (name, own)))
+
+    def renewed(self, tag: Tag, units: Tensor | None, dim: int, layer: Layer) -> Tag:
+        """Return the tag of the output of a layer that numbers its units."""
+        self.age += 1
+        source = layer.source
+        if not source:  # a constant, or a layer made in this pass
+            self.nameless += 1
+            source = ("", str(self.nameless))
+        layer = Layer(layer.name, source, dim, self.age)
+        return Tag(units, tag.inputs, tag.data, "", layer, True)
+
+    def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
+        """Make sure of the tag of a known layer's output, whatever operators it used."""
+        tag = self.tags.get(output) or Tag()
+        units, dim = tag.units, tag.layer.dim
+        if units is None:
+            dim = -1
+            if isinstance(module, nn.modules.conv._ConvNd):
+                dim -= len(module.kernel_size)
+            elif isinstance(module, CHANNELED):
+                dim = 1 - output.ndim
+            if isinstance(module, nn.Linear) and output.shape[-1] != module.out_features:
+                return
+            units = numbered(output.shape, dim)
+        self.tags[output] = self.renewed(tag, units, dim, Layer(name, (name,)))
+
+    def propagate(
+        self, operator: str, func: Any, args: Sequence[Any], bound: Mapping[str, Any], out: Any
+    ) -> None:
+        """Tag the results of an operator.
+
+        Args:
+            operator: Its name, without a trailing underscore.
+            func: Itself.
+            args: Its positional arguments.
+            bound: All its arguments by name.
+            out: What it returned.
+        """
+        flat = [
+            item
+            for value in bound.values()
+            for item in (value if isinstance(value, list | tuple) else (value,))
+        ]
+        tags = [tag for item in flat if (tag := self.of(item)) is not None]
+        if not tags:
+            return
+        results = [value for value in (out if isinstance(out, list | tuple) else (out,))]
+        data = [tag for tag in tags if not tag.weight]
+        weights = [tag for tag in tags if tag.weight]
+        moves = operator in VIEWS or operator in PICKS
+        moved = [[None] * len(results)] * 2
+        if moves and data:
+            moved = [self._moved(operator, func, args, len(results), k) for k in NUMBERS]
+        for k, result in enumerate(results):
+            if not isinstance(result, Tensor) or id(result) in self.owners:
+                continue
+            if not data and operator != "embedding":
+                tag = weights[0]
+            elif moves:
+                tag = self._moved_tag(operator, args[0], data, moved[0][k], moved[1][k])
+            else:
+                tag = self._tag_of(operator, bound, data, weights, tuple(result.shape))
+            self.tags[result] = tag
+
+    def _moved(
+        self, operator: str, func: Any, args: Sequence[Any], results: int, which: str
+    ) -> Any:
+        """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""
+        tag = self.of(args[0])
+        first: Any = None if tag is None or tag.weight else getattr(tag, which)
+        if operator in ("cat", "stack"):
+            first = self._joined(args, which, operator == "cat")
+        if first is None:
+            return [None] * results
+        on_cpu = torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, list(args[1:]))
+        try:
+            out = func(first, *on_cpu)
+        except (RuntimeError, TypeError, IndexError):  # an operator that takes no integers
+            return [None] * results
+        return out if isinstance(out, list | tuple) else [out]
+
+    def _joined(self, args: Sequence[Any], which: str, cat: bool) -> list[Tensor] | None:
+        """Return the numbers of tensors that are joined along a dimension."""
+        pieces = [piece for piece in args[0] if piece.numel() or piece.ndim > 1]
+        tags = [self.of(piece) or Tag() for piece in pieces]
+        told: list[Any] = [getattr(tag, which) for tag in tags]
+        known = [own for own in told if own is not None]
+        if not known:
+            return None
+        dim = (args[1] if len(args) > 1 else 0) % (known[0].ndim + (not cat))
+        joined = cat and any(dim in along(numbers) for numbers in known)
+        if cat and which == "units" and not any(map(along, known)):  # of one unit each
+            joined = all(tag.layer.dim == dim - known[0].ndim for tag in tags)
+        if not joined:  # what has no numbers, such as a class token, gets those of the others
+            told = [
+                fitted(known[0], piece.shape) if own is None else own
+                for own, piece in zip(told, pieces, strict=True)
+            ]
+        if any(own is None for own in told):
+            return None
+        start = 0
+        if joined and which == "units":  # units of different tensors are different units
+            for k, own in enumerate(told):
+                told[k] = own + start
+                start += int(core(own).max()) + 1
+        return told
+
+    def _moved_tag(
+        self,
+        operator: str,
+        given: Any,
+        data: list[Tag],
+        units: Tensor | None,
+        inputs: Tensor | None,
+    ) -> Tag:
+        first = (self.of(given) or data[0]) if isinstance(given, Tensor) else data[0]
+        if units is None:
+            known = first.units is not None or first.weight
+            reason = f"its units were lost in {operator}" if known else first.reason
+            return Tag(None, inputs, any(tag.data for tag in data), reason)
+        whole = (
+            operator in VIEWS and first.units is not None and _count(units) == _count(first.units)
+        )
+        near = first.near and whole
+        return first._replace(units=units, inputs=inputs, near=near)
+
+    def _tag_of(
+        self,
+        operator: str,
+        bound: Mapping[str, Any],
+        data: list[Tag],
+        weights: list[Tag],
+        shape: tuple[int, ...],
+    ) -> Tag:
+        first = data[0] if data else Tag(data=False)
+        layer = weights[0].layer if weights else Layer(None)
+        ndim = len(shape)
+        lost = f"its units were lost in {operator}"
+        if operator in SAME:
+            return first
+        if operator in SHAPES:
+            units, inputs = reshaped(first.units, shape), reshaped(first.inputs, shape)
+            if units is None and first.units is not None:
+                return Tag(None, inputs, first.data, lost)
+            return first._replace(units=units, inputs=inputs)
+        if operator in FACTORS:
+            return self._product(operator, bound, shape)
+        if "convolution" in operator:
+            inputs = summed(first.inputs, range(1, ndim), (shape[0], *[1] * (ndim - 1)))
+            tag = first._replace(inputs=fitted(inputs, shape))
+            return self.renewed(tag, numbered(shape, 1), 1 - ndim, layer)
+        if operator == "embedding":
+            inputs = None if first.inputs is None else first.inputs.unsqueeze(-1).expand(shape)
+            return self.renewed(first._replace(inputs=inputs), numbered(shape, -1), -1, layer)
+        if operator == "copy":
+            given = self.of(bound["src"])
+            return merged([given if given and not given.weight else first], shape)
+        given = bound.get("self")
+        if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
+            dims = bound["dim"] if isinstance(bound["dim"], list | tuple) else [bound["dim"]]
+            gone = [dim % given.ndim for dim in dims if dim is not None] or list(range(given.ndim))
+            units, inputs = summed(first.units, gone, shape), summed(first.inputs, gone, shape)
+            reason = first.reason if first.units is None else "its units were summed up"
+            return Tag(units, inputs, first.data, reason, first.layer)
+        tag = merged(data, shape)
+        if tag.units is not None and ("pool" in operator or "dropout" in operator):
+            return tag._replace(near=first.near)
+        if tag.units is not None and operator == "add" and len(data) == 1 and weights:
+            bias = all(weight.layer.name == first.layer.name for weight in weights)
+            return tag._replace(near=first.near and bias)
+        return tag
+
+    def _product(self, operator: str, bound: Mapping[str, Any], shape: tuple[int, ...]) -> Tag:
+        """Return the tag of a matrix product; new units lie along the weight's free dimension."""
+        left, right = (bound[name] for name in FACTORS[operator])
+        factors = []
+        for tensor, along_sum, free in ((right, -2, -1), (left, -1, -2)):
+            tag = self.of(tensor) or Tag(weight=True)
+            if not tag.weight:
+                one = list(tensor.shape)
+                one[along_sum] = 1
+                units, inputs = (
+                    fitted(summed(own, [len(one) + along_sum], one), shape) for own in tag[:2]
+                )
+                tag = tag._replace(units=units, inputs=inputs)
+            factors.append((tag, tensor, free))
+        data = [tag for tag, _, _ in factors if not tag.weight]
+        if not data:  # only what is added comes from the data
+            return merged([self.of(bound["self"]) or Tag()], shape)
+        tag = merged([own._replace(units=None) for own in data], shape)
+        for own, tensor, free in factors:
+            if own.weight:
+                stacked = len(shape) == 3 and tensor.shape[0] > 1 and tensor.stride(0) != 0
+                dims = (0, free) if stacked else (free,)
+                return self.renewed(tag, numbered(shape, *dims), free, own.layer)
+        for own in data:
+            if own.units is not None:
+                return tag._replace(units=own.units, layer=own.layer)
+        return tag._replace(reason="it is a product of two activations")
