@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 from relubook.units._readings import channel_peak
+from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 from relubook.units.watch import Event, Watch
 
 
@@ -401,6 +401,14 @@ def test_bad_arguments():
     assert watch.compute()["0"].units == 3
 
 
+def test_a_site_with_unclear_units_is_named_beside_others():
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 1), nn.ReLU())
+    with Watch(model, window=1) as watch, pytest.warns(UserWarning, match=r"follow 0.*unit_dim="):
+        model(torch.randn(2, 3, 4, 4))
+    assert [site.name for site in watch.compute()] == ["2"]
+    assert [name.partition("#")[0] for name in watch.unfollowed] == ["0"]
+
+
 class Often(nn.Module):
     """One rectifier that serves as many calls as asked for."""
 
@@ -696,21 +704,20 @@ def test_a_watch_that_saw_no_step_says_why():
             return self.net(x)
 
     model, x = Lightning(), torch.randn(2, 3)
-    with pytest.warns(
-        UserWarning, match=r"saw no step: Lightning itself was not called.*training_s"
-    ):
-        with Watch(model):
-            model.training_step(x)
-    with pytest.warns(UserWarning, match="each call of Sequential was in evaluation mode or with"):
-        with Watch(model.net):
-            model.net.eval()(x)
+    not_called = r"saw no step: Lightning itself was not called.*training_step"
+    with pytest.warns(UserWarning, match=not_called), Watch(model):
+        model.training_step(x)
+    with pytest.warns(UserWarning, match="each call of Sequential was in eval"), Watch(model.net):
+        model.net.eval()(x)
+    model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="the optimizer took none"):
-        with Watch(model.net.train(), optimizer=optimizer):
-            model.net(x)
-    with pytest.warns(UserWarning, match="itself was not called"):
-        with Watch(model, optimizer=optimizer):
-            optimizer.step()
+    with (
+        pytest.warns(UserWarning, match="the optimizer took none"),
+        Watch(model.net, optimizer=optimizer),
+    ):
+        model.net(x)
+    with pytest.warns(UserWarning, match=not_called), Watch(model, optimizer=optimizer):
+        optimizer.step()
     watch = Watch(model).attach()
     with pytest.warns(UserWarning, match="saw no step"):
         watch.close()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from relubook.units.sites import UNIT, Site, SiteFinder, undisturbed
+from relubook.units.sites import Site, SiteFinder, undisturbed
 
 Place = tuple[str, bool]
 """The input of a module, by its name, or (if true) its output."""
@@ -91,6 +91,9 @@ class Reader(Hook):
         self.watch, self.site, self.dims, self.calls = watch, site, dims, calls
         # If all of several calls are the site's, they are a loop, whose length may change.
         self.loop = len(dims) == calls > 1 and len(set(dims.values())) == 1
+        # Double precision is rare: there, save the memory.
+        single = site.peak.dtype == torch.float32
+        self.now = torch.empty_like(site.peak) if single else torch.empty(0)
         self.count = 0
         self.strange = False
         self.handle: Any = None
@@ -106,7 +109,12 @@ class Reader(Hook):
         if x is None or x.ndim < -dim or x.shape[dim] != len(peak):
             self.strange = True
         elif x.numel():
-            torch.maximum(peak, channel_peak(x.detach(), dim), out=peak)
+            x = x.detach()
+            if dim == -1 and x.ndim == 2 and x.dtype is self.now.dtype:
+                now = torch.amax(x, 0, out=self.now)  # without the cost of a new tensor
+            else:
+                now = channel_peak(x, dim)
+            torch.maximum(peak, now, out=peak)
 
     def end(self) -> bool:
         """Tell whether the pass that ends called the module as the audit's did, or not at all."""
@@ -175,7 +183,8 @@ class Audit(SiteFinder):
 
     def before(self, site: Site, x: Tensor) -> None:
         """Note a call of a site, and the latest place that saw its input as it is now."""
-        dim = unit_dim(site)
+        # 0 where the units are spread over several dimensions.
+        dim = site.dims[0] - x.ndim if len(site.dims) == 1 and site.order is None else 0
         if site.key not in self.found:
             wide = x.dtype if x.dtype == torch.float64 else torch.float32
             units = x.shape[dim] if dim else 0
@@ -189,13 +198,6 @@ class Audit(SiteFinder):
                 reading = (place, call, there)
                 break
         self.found[site.key].readings.append(reading)
-
-
-def unit_dim(site: Site) -> int:
-    """Return the dimension, from the end, that the units fill; 0 if they fill no single one."""
-    dims = [dim for dim, parts in enumerate(site.layout) if any(role == UNIT for _, role in parts)]
-    alone = len(dims) == 1 and all(role == UNIT for _, role in site.layout[dims[0]])
-    return dims[0] - len(site.layout) if alone else 0
 
 
 def _tensor(args: tuple[Any, ...], output: tuple[Any, ...]) -> Tensor | None:

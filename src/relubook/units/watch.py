@@ -63,11 +63,6 @@ class WatchedSite:
         """Number of units."""
         return self.dead.numel()
 
-    @property
-    def dead_fraction(self) -> float:
-        """Share of dead units."""
-        return int(self.dead.sum()) / max(self.units, 1)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WatchReport(SiteListing[WatchedSite]):
