@@ -1,22 +1,12 @@
+import functools
 import math
 
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from relubook.layers import initializers as init
-
-FILLS = {
-    "he_normal": init.he_normal_,
-    "he_uniform": init.he_uniform_,
-    "lecun_normal": init.lecun_normal_,
-    "lecun_uniform": init.lecun_uniform_,
-    "uniform": init.uniform_,
-    "truncated_normal": init.truncated_normal_,
-}
 
 
 def gen(seed: int) -> torch.Generator:
@@ -105,54 +95,107 @@ def test_rai_is_a_normal_draw_with_one_beta_draw_a_unit():
     )
 
 
-@pytest.mark.parametrize("name", init.initializer_names())
-def test_member_equals_the_plain_layer_of_its_seed(name):
-    seeds = [4, 9, 1]
-    weight, bias = torch.empty(3, 5, 8), torch.full((3, 8), 7.0)
-    init.initialize_(name, weight, bias, generator=[gen(s) for s in seeds], stacked=True)
-    for i, seed in enumerate(seeds):
-        w, b = torch.empty(8, 5), torch.full((8,), 7.0)
-        init.initialize_(name, w, b, generator=gen(seed))
-        assert torch.equal(weight[i].T, w)
-        assert torch.equal(bias[i], b)
-    assert not torch.equal(weight[0], weight[1])
-
-
-def test_torch_default_equals_nn_linear():
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch_default_equals_nn_linear(bias):
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        layer = nn.Linear(6, 4)
-    weight, bias = torch.empty(1, 6, 4), torch.empty(1, 4)
-    init.initialize_("torch", weight, bias, generator=gen(11), stacked=True)
-    assert torch.equal(weight[0].T, layer.weight)
-    assert torch.equal(bias[0], layer.bias)
+        layer = nn.Linear(6, 4, bias)
+    weight, row = torch.empty(4, 6), torch.empty(4) if bias else None
+    init.initialize_("torch", weight, row, generator=gen(11))
+    assert torch.equal(weight, layer.weight)
+    assert row is None or torch.equal(row, layer.bias)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    name=st.sampled_from(sorted(FILLS)),
-    members=st.integers(1, 4),
-    fan_in=st.integers(1, 30),
-    out=st.integers(1, 30),
-    seed=st.integers(0, 2**31),
-)
-def test_stacked_with_one_generator_draws_members_in_turn(name, members, fan_in, out, seed):
-    stack = FILLS[name](torch.empty(members, fan_in, out), generator=gen(seed), stacked=True)
-    g = gen(seed)
-    loop = torch.stack(
-        [FILLS[name](torch.empty(out, fan_in), generator=g).T for _ in range(members)]
+def drawn(what, shape=(9, 5), seed=2, **options):
+    weight, bias, generator = torch.full(shape, 7.0), torch.full(shape[:1], 7.0), gen(seed)
+    init.initialize_(what, weight, bias, generator=generator, **options)
+    return weight, bias, torch.rand(1, generator=generator)
+
+
+def alike(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def by_hand(weight, bias, generator):
+    weight.normal_(generator=generator)
+    bias.uniform_(generator=generator)
+
+
+SPELLED = [
+    ("he_normal", ["he_normal_", "HeNormal", "kaiming_normal", nn.init.kaiming_normal_]),
+    ("he_uniform", ["kaiming_uniform_", nn.init.kaiming_uniform_]),
+    ("xavier_normal", ["glorot_normal", "xavier-normal", nn.init.xavier_normal_]),
+    ("xavier_uniform", ["glorot_uniform", nn.init.xavier_uniform_]),
+    ("lecun_normal", [init.lecun_normal_, init.initializer("lecun_normal")]),
+    ("truncated_normal", [init.truncated_normal_]),
+    ("orthogonal", [nn.init.orthogonal_, functools.partial(nn.init.orthogonal_, gain=1.0)]),
+    ("rai", [init.rai_]),
+    ("torch", [init.initializer("torch")]),
+    (by_hand, [lambda w, b, g: by_hand(w, b, g)]),
+]
+
+
+@pytest.mark.parametrize(("name", "others"), SPELLED)
+def test_spellings_draw_the_same_numbers(name, others):
+    for other in others:
+        assert alike(drawn(name), drawn(other)), other
+    assert not torch.equal(drawn(name)[0], drawn(name, seed=3)[0])
+
+
+@pytest.mark.parametrize("name", init.initializer_names())
+def test_weights_are_drawn_then_the_bias_is_zero_if_it_is_not_drawn(name):
+    weight, bias, _ = drawn(name)
+    assert (weight != 7).all()
+    assert (bias == 0).all() != (name in ("rai", "torch"))
+
+
+@pytest.mark.parametrize("name", init.initializer_names())
+def test_a_network_inside_a_stack_gets_the_numbers_of_a_network_alone(name):
+    """The maps of a stack lie as (members, in, out), so that each is a strided view."""
+    stack, biases, generators = torch.empty(3, 8, 9), torch.empty(3, 9), [gen(s) for s in (4, 9, 1)]
+    for weight, bias, generator in zip(stack, biases, generators, strict=True):
+        init.initialize_(name, weight.T, bias, generator=generator)
+    for index, seed in enumerate((4, 9, 1)):
+        assert alike((stack[index].T, biases[index]), drawn(name, (9, 8), seed)[:2])
+
+
+def test_options_reach_the_function():
+    weight, _, _ = drawn("kaiming_normal", a=0.2, mode="fan_out")
+    assert torch.equal(
+        weight, nn.init.kaiming_normal_(weight.clone(), 0.2, "fan_out", generator=gen(2))
     )
-    assert torch.equal(stack, loop)
+    constant, bias, _ = drawn(nn.init.constant_, val=3.0)
+    assert (constant == 3).all()
+    assert (bias == 0).all()
 
 
-def test_parameters_and_strided_views_are_filled_in_place():
-    weight = nn.Parameter(torch.zeros(4, 3))
-    assert init.he_normal_(weight, generator=gen(0)) is weight
-    assert weight.grad_fn is None
-    assert weight.abs().min() > 0
-    flat = torch.zeros(2, 3, 5).permute(2, 0, 1)
-    init.he_normal_(flat, generator=gen(0), stacked=True)
-    assert (flat != 0).all()
+@pytest.mark.parametrize("own", [lambda weight: weight.normal_(), torch.Tensor.normal_])
+def test_a_function_without_a_generator_is_seeded_by_it(own):
+    before = torch.get_rng_state()
+    first, second = drawn(own), drawn(own)
+    assert alike(first, second)
+    assert (first[1] == 0).all()
+    weight, other, generator = torch.empty(9, 5), torch.empty(9, 5), gen(2)
+    init.initialize_(own, weight, generator=generator)
+    init.initialize_(own, other, generator=generator)
+    assert torch.equal(weight, first[0])
+    assert not torch.equal(weight, other)
+    assert torch.equal(before, torch.get_rng_state())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        init.initialize_(own, weight)
+        torch.manual_seed(0)
+        assert torch.equal(weight, torch.empty(9, 5).normal_())
+
+
+def test_parameters_are_filled_in_place():
+    layer = nn.Linear(3, 4)
+    for what in ("rai", "torch", "he_normal", lambda weight: weight.normal_()):
+        before = layer.weight.clone()
+        init.initialize_(what, layer.weight, layer.bias, generator=gen(0))
+        assert layer.weight.grad_fn is None
+        assert layer.weight.requires_grad
+        assert (layer.weight != before).all()
 
 
 def test_global_random_state_is_untouched():
@@ -162,42 +205,41 @@ def test_global_random_state_is_untouched():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_positive_bias():
-    assert torch.equal(init.positive_bias_(torch.empty(3)), torch.full((3,), 0.1))
-    drawn = init.positive_bias_(torch.empty(2, 50), 0.1, 0.3, generator=gen(0), stacked=True)
-    assert drawn.min() >= 0.1
-    assert drawn.max() <= 0.3
-    g = gen(0)
-    assert torch.equal(drawn[0], init.positive_bias_(torch.empty(50), 0.1, 0.3, generator=g))
-    assert torch.equal(drawn[1], init.positive_bias_(torch.empty(50), 0.1, 0.3, generator=g))
+def fill(what, *shape, bias=None, **options):
+    return lambda: init.initialize_(what, torch.empty(shape), bias, **options)
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "error", "message"),
     [
-        (lambda: init.he_normal_(torch.empty(3)), r"\(out, in, \.\.\.\).*\(3,\)"),
-        (lambda: init.he_normal_(torch.empty(3, 2), mode="fan"), "mode.*'fan'"),
-        (lambda: init.he_normal_(torch.empty(3, 2), stacked=True), "members, in, out"),
-        (lambda: init.he_normal_(torch.empty(0, 2, 2), stacked=True), "none of them 0"),
-        (
-            lambda: init.he_normal_(torch.empty(3, 2, 2), generator=[gen(0)], stacked=True),
-            "3 generators, got 1",
-        ),
-        (lambda: init.he_normal_(torch.empty(2, 2), generator=[gen(0)]), "stacked=True"),
-        (lambda: init.uniform_(torch.empty(2, 2), -1.0), "bound.*-1.0"),
-        (lambda: init.truncated_normal_(torch.empty(2, 2), 0.0), "std.*0.0"),
-        (lambda: init.positive_bias_(torch.empty(2), -0.1), "value.*-0.1"),
-        (lambda: init.positive_bias_(torch.empty(2), 0.2, 0.1), "high.*0.1"),
-        (lambda: init.positive_bias_(torch.empty(2, 2)), r"\(out,\)"),
-        (lambda: init.rai_(torch.empty(3, 2), torch.empty(2)), r"bias of shape \(3,\)"),
-        (lambda: init.initialize_("rai", torch.empty(3, 2)), "bias is None"),
+        (fill("he_normal", 3), ValueError, r"\(out, in, \.\.\.\).*\(3,\)"),
+        (fill("he_normal", 0, 2), ValueError, r"none 0, not \(0, 2\)"),
+        (fill("he_normal", 3, 2, mode="fan"), ValueError, "[Mm]ode fan"),
+        (fill("uniform", 3, 2, bound=-1.0), ValueError, "bound.*-1.0"),
+        (fill("truncated_normal", 3, 2, std=0.0), ValueError, "std.*0.0"),
+        (fill("truncated_normal", 3, 2, cut=-2.0), ValueError, "cut.*-2.0"),
+        (fill("he_normal", 3, 2, a=math.nan), ValueError, "a of 'he_normal' must be a finite.*nan"),
+        (fill("he_normal", 3, 2, bias=torch.empty(2)), ValueError, r"shape \(3,\), not \(2,\)"),
+        (fill("rai", 3, 2), ValueError, "bias must not be None"),
+        (fill("he", 3, 2), ValueError, "unknown initializer 'he'.*he_normal"),
+        (fill("kaiming", 3, 2), ValueError, "unknown initializer 'kaiming'.*kaiming_normal"),
+        (fill(lambda w: torch.randn(3, 2), 3, 2), ValueError, "must fill the weight in place"),
+        (fill(None, 3, 2), TypeError, "a name or a function, not None"),
+        (fill("he_normal", 3, 2, slope=0.1), TypeError, "'he_normal'.*'slope'.*it takes a, mode"),
+        (fill(nn.init.sparse_, 3, 2), TypeError, "'sparse_'.*missing.*'sparsity'"),
+        (fill(lambda w, b: None, 3, 2), TypeError, "missing.*'b'"),
     ],
 )
-def test_named_errors(call, message):
-    with pytest.raises(ValueError, match=message):
+def test_named_errors(call, error, message):
+    with pytest.raises(error, match=message):
         call()
 
 
-def test_unknown_initializer():
-    with pytest.raises(ValueError, match="unknown initializer 'he'"):
-        init.initialize_("he", torch.empty(2, 2))
+@pytest.mark.parametrize("what", ["he_normal", "torch", lambda w: w.normal_()])
+def test_bad_shapes_leave_everything_as_it_was(what):
+    weight, bias, generator = torch.ones(3, 2), torch.ones(2), gen(0)
+    with pytest.raises(ValueError, match="bias"):
+        init.initialize_(what, weight, bias, generator=generator)
+    assert (weight == 1).all()
+    assert (bias == 1).all()
+    assert torch.equal(generator.get_state(), gen(0).get_state())

@@ -1,41 +1,29 @@
 """The rectifier's family: what torch lacks, and one registry of all its members."""
 
-import difflib
-import inspect
+import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relubook.layers._options import canonical, check_options, nearest
+from relubook.layers.maxout import MaxPieces
 
 __all__ = [
-    "REGISTRY",
-    "Absolute",
-    "Activation",
-    "SquaredReLU",
-    "Step",
-    "absolute",
-    "activation",
-    "activation_names",
-    "relu_with_derivative_at_zero",
-    "squared_relu",
-    "step",
-]
+    "MODULES", "REGISTRY", "Activation", "Elementwise", "absolute", "activation",
+    "activation_names", "registered", "relu_with_derivative_at_zero", "squared_relu", "step",
+]  # fmt: skip
 
 
 def squared_relu(input: Tensor) -> Tensor:
-    """Return ``max(0, input) ** 2``, elementwise.
+    """Return ``max(0, input) ** 2``, elementwise; its derivative at 0 is 0 on both sides.
 
-    Args:
-        input: Any shape, floating point.
-
-    Returns:
-        Same shape and dtype. The derivative at 0 is 0, on both sides.
-
-    Source:
-        So et al. 2021, "Primer", https://arxiv.org/abs/2109.08668
+    Source: So et al. 2021, "Primer", https://arxiv.org/abs/2109.08668
     """
     return torch.relu(input).square()
 
@@ -43,103 +31,75 @@ def squared_relu(input: Tensor) -> Tensor:
 def absolute(input: Tensor) -> Tensor:
     """Return ``|input|``, elementwise: a leaky rectifier of slope -1.
 
-    Args:
-        input: Any shape, floating point.
-
-    Returns:
-        Same shape and dtype. torch gives 0 as its derivative at 0.
-
-    Source:
-        Jarrett et al. 2009, "What is the best multi-stage architecture for object recognition?",
-        https://doi.org/10.1109/ICCV.2009.5459469
+    Source: Jarrett et al. 2009, https://doi.org/10.1109/ICCV.2009.5459469
     """
     return input.abs()
-
-
-def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor:
-    """Return ``max(0, input)`` with a chosen derivative where the input is exactly 0.
-
-    The forward pass is ReLU's. The backward pass multiplies the incoming gradient by 1 where
-    ``input > 0``, by 0 where ``input < 0`` and by ``value`` where ``input == 0``. With the values
-    0, 0.5 and 1 the gradients are those of ``torch.relu(x)``, ``torch.maximum(x, zeros)`` and
-    ``x.clamp(min=0)``. Forward-mode and higher derivatives and ``torch.func`` work as for any
-    composition of torch's functions.
-
-    Args:
-        input: Any shape, floating point.
-        value: The derivative at 0, a finite number; or a tensor of finite numbers that can be
-            expanded to the shape of the input, such as one number a network. Subgradients are the
-            numbers in [0, 1]; others are allowed, for experiments. No gradient reaches it.
-
-    Returns:
-        Same shape and dtype as the input. NaN stays NaN.
-
-    Raises:
-        TypeError: If the input is not floating point.
-        ValueError: If a value is not finite, or the tensor would change the input's shape.
-
-    Source:
-        Bertoin et al. 2021, "Numerical influence of ReLU'(0) on backpropagation",
-        https://arxiv.org/abs/2106.12915, ask which value is best.
-    """
-    if not input.is_floating_point():
-        raise TypeError(f"input must be floating point, not {input.dtype}")
-    if isinstance(value, Tensor):
-        at_zero = value.detach().to(input)
-        finite = bool(at_zero.isfinite().all())
-        try:
-            at_zero = at_zero.expand(input.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"value of shape {tuple(value.shape)} cannot be expanded to the input's "
-                f"{tuple(input.shape)}"
-            ) from None
-    else:
-        at_zero = torch.as_tensor(value, dtype=input.dtype, device=input.device)
-        finite = math.isfinite(value)
-    if not finite:
-        raise ValueError(f"value must be finite, not {value!r}")
-    return torch.where(input == 0, at_zero * input, torch.relu(input))
 
 
 def step(input: Tensor) -> Tensor:
     """Return 1 where ``input > 0`` and 0 elsewhere, with a derivative of 0 everywhere.
 
-    Args:
-        input: Any shape, floating point. NaN stays NaN.
+    NaN stays NaN. The result is part of the autograd graph, so that a backward pass runs and
+    shows the zero gradient, instead of failing.
 
-    Returns:
-        Same shape and dtype, part of the autograd graph (so that a backward pass runs and shows
-        the zero gradient, instead of failing).
-
-    Source:
-        McCulloch and Pitts 1943, https://doi.org/10.1007/BF02478259
+    Source: McCulloch and Pitts 1943, https://doi.org/10.1007/BF02478259
     """
     return input.clamp(0, 1).ceil()
 
 
-class SquaredReLU(nn.Module):
-    """:func:`squared_relu` as a module, for any input shape."""
+def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor:
+    """Return ``max(0, input)`` with a chosen derivative where the input is exactly 0.
+
+    With the values 0, 0.5 and 1 the gradients are those of ``torch.relu(x)``,
+    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. Forward-mode and higher derivatives and
+    ``torch.func`` work too. NaN stays NaN.
+
+    Args:
+        input: Any shape, floating point; TypeError otherwise.
+        value: The derivative at 0, any finite number (those in [0, 1] are subgradients); or a
+            tensor of them that expands to the input's shape, such as one number a network. No
+            gradient reaches it. ValueError otherwise.
+
+    Source: Bertoin et al. 2021, "Numerical influence of ReLU'(0) on backpropagation",
+    https://arxiv.org/abs/2106.12915, ask which value is best.
+    """
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, not {input.dtype}")
+    at_zero = torch.as_tensor(value, dtype=input.dtype, device=input.device).detach()
+    if not (at_zero.isfinite().all() if isinstance(value, Tensor) else math.isfinite(value)):
+        raise ValueError(f"value must be finite, not {value!r}")
+    try:
+        at_zero = at_zero.expand(input.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"value of shape {tuple(at_zero.shape)} cannot be expanded to the input's "
+            f"{tuple(input.shape)}"
+        ) from None
+    return torch.where(input == 0, at_zero * input, torch.relu(input))
+
+
+class Elementwise(nn.Module):
+    """A function from tensor to tensor of the same shape, as a module.
+
+    >>> Elementwise(torch.nn.functional.leaky_relu, negative_slope=0.1)
+    Elementwise(leaky_relu, negative_slope=0.1)
+    """
+
+    def __init__(self, function: Callable[..., Tensor], /, **options: Any):
+        super().__init__()
+        self.function, self.options = function, options
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``max(0, input) ** 2``."""
-        return squared_relu(input)
+        """Return the function's value."""
+        return self.function(input, **self.options)
+
+    def extra_repr(self) -> str:
+        """Return the function's name and the options."""
+        return ", ".join([_name(self.function), *(f"{k}={v!r}" for k, v in self.options.items())])
 
 
-class Absolute(nn.Module):
-    """:func:`absolute` as a module, for any input shape."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``|input|``."""
-        return absolute(input)
-
-
-class Step(nn.Module):
-    """:func:`step` as a module, for any input shape."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return 1 where ``input > 0``, else 0."""
-        return step(input)
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 @dataclass(frozen=True)
@@ -148,28 +108,25 @@ class Activation:
 
     Attributes:
         name: Its name in the registry, such as ``"leaky_relu"``.
-        module: The class that :func:`activation` builds.
+        module: The class, or the function, that :func:`activation` builds on.
         formula: LaTeX, in ``x``, without dollar signs.
-        paper: Author, year and title.
-        url: DOI or arXiv address of the paper.
-        initializer: Name of the initializer that is used with it, in ``relubook.layers.initializers`` or
-            ``torch.nn.init``. It keeps the second moment from layer to layer exactly for ReLU,
-            absolute value, step and SELU, nearly so for the leaky ones, and by custom for the rest.
         limits: Limits of the function for x to minus and plus infinity.
-        derivative_at_zero: What torch's autograd returns at exactly 0, with default parameters
-            (for ``rrelu`` in evaluation mode).
-        parameters: The function's own parameters with their defaults.
+        derivative_at_zero: What autograd returns at 0, by default (``rrelu``: in evaluation mode).
+        paper: Authors and year.
+        url: DOI or arXiv address of the paper.
+        initializer: Name in ``relubook.layers.initializers`` or ``torch.nn.init``. It keeps the
+            second moment from layer to layer exactly for ReLU, absolute value, step and SELU,
+            nearly so for the leaky ones, and goes with the others by custom.
     """
 
     name: str
-    module: Callable[..., nn.Module]
+    module: type[nn.Module] | Callable[..., Tensor]
     formula: str
-    paper: str
-    url: str
-    initializer: str
     limits: tuple[float, float]
     derivative_at_zero: float
-    parameters: Mapping[str, float | int] = field(default_factory=dict)
+    paper: str
+    url: str
+    initializer: str = "he_normal_"
 
     @property
     def bounded(self) -> bool:
@@ -178,210 +135,74 @@ class Activation:
 
 
 _INF = math.inf
-_SELU_ALPHA = 1.6732632423543772848170429916717
-_SELU_SCALE = 1.0507009873554804934193349852946
+_SELU_SLOPE = 1.0507009873554805 * 1.6732632423543772
 
+# fmt: off
 _ENTRIES = (
-    Activation(
-        "relu",
-        nn.ReLU,
-        r"\max(0, x)",
-        "Nair and Hinton 2010, Rectified linear units improve restricted Boltzmann machines",
-        "https://dl.acm.org/doi/10.5555/3104322.3104425",
-        "he_normal_",
-        (0.0, _INF),
-        0.0,
-    ),
-    Activation(
-        "relu6",
-        nn.ReLU6,
-        r"\min(\max(0, x), 6)",
-        "Krizhevsky 2010, Convolutional deep belief networks on CIFAR-10",
-        "https://www.cs.toronto.edu/~kriz/conv-cifar10-aug2010.pdf",
-        "he_normal_",
-        (0.0, 6.0),
-        0.0,
-    ),
-    Activation(
-        "leaky_relu",
-        nn.LeakyReLU,
-        r"\max(0, x) + a \min(0, x)",
-        "Maas, Hannun and Ng 2013, Rectifier nonlinearities improve neural network acoustic models",
-        "https://ai.stanford.edu/~amaas/papers/relu_hybrid_icml2013_final.pdf",
-        "he_normal_",
-        (-_INF, _INF),
-        0.01,
-        {"negative_slope": 0.01},
-    ),
-    Activation(
-        "prelu",
-        nn.PReLU,
-        r"\max(0, x) + a \min(0, x), \; a \text{ learned}",
-        "He et al. 2015, Delving deep into rectifiers",
-        "https://arxiv.org/abs/1502.01852",
-        "he_normal_",
-        (-_INF, _INF),
-        0.25,
-        {"num_parameters": 1, "init": 0.25},
-    ),
-    Activation(
-        "rrelu",
-        nn.RReLU,
-        r"\max(0, x) + a \min(0, x), \; a \sim U(l, u)",
-        "Xu et al. 2015, Empirical evaluation of rectified activations in convolutional network",
-        "https://arxiv.org/abs/1505.00853",
-        "he_normal_",
-        (-_INF, _INF),
-        11 / 48,
-        {"lower": 1 / 8, "upper": 1 / 3},
-    ),
-    Activation(
-        "elu",
-        nn.ELU,
-        r"x \text{ if } x > 0 \text{ else } \alpha (e^x - 1)",
-        "Clevert, Unterthiner and Hochreiter 2015, Exponential linear units",
-        "https://arxiv.org/abs/1511.07289",
-        "he_normal_",
-        (-1.0, _INF),
-        1.0,
-        {"alpha": 1.0},
-    ),
-    Activation(
-        "celu",
-        nn.CELU,
-        r"\max(0, x) + \min(0, \alpha (e^{x / \alpha} - 1))",
-        "Barron 2017, Continuously differentiable exponential linear units",
-        "https://arxiv.org/abs/1704.07483",
-        "he_normal_",
-        (-1.0, _INF),
-        1.0,
-        {"alpha": 1.0},
-    ),
-    Activation(
-        "selu",
-        nn.SELU,
+    Activation("relu", nn.ReLU, r"\max(0, x)", (0, _INF), 0,
+        "Nair and Hinton 2010", "https://dl.acm.org/doi/10.5555/3104322.3104425"),
+    Activation("relu6", nn.ReLU6, r"\min(\max(0, x), 6)", (0, 6), 0,
+        "Krizhevsky 2010", "https://www.cs.toronto.edu/~kriz/conv-cifar10-aug2010.pdf"),
+    Activation("leaky_relu", nn.LeakyReLU, r"\max(0, x) + a \min(0, x)", (-_INF, _INF), 0.01,
+        "Maas et al. 2013", "https://ai.stanford.edu/~amaas/papers/relu_hybrid_icml2013_final.pdf"),
+    Activation("prelu", nn.PReLU, r"\max(0, x) + a \min(0, x), \; a \text{ learned}",
+        (-_INF, _INF), 0.25, "He et al. 2015", "https://arxiv.org/abs/1502.01852"),
+    Activation("rrelu", nn.RReLU, r"\max(0, x) + a \min(0, x), \; a \sim U(l, u)",
+        (-_INF, _INF), 11 / 48, "Xu et al. 2015", "https://arxiv.org/abs/1505.00853"),
+    Activation("elu", nn.ELU, r"x \text{ if } x > 0 \text{ else } \alpha (e^x - 1)", (-1, _INF), 1,
+        "Clevert et al. 2015", "https://arxiv.org/abs/1511.07289"),
+    Activation("celu", nn.CELU, r"\max(0, x) + \min(0, \alpha (e^{x / \alpha} - 1))", (-1, _INF), 1,
+        "Barron 2017", "https://arxiv.org/abs/1704.07483"),
+    Activation("selu", nn.SELU,
         r"\lambda x \text{ if } x > 0 \text{ else } \lambda \alpha (e^x - 1)",
-        "Klambauer et al. 2017, Self-normalizing neural networks",
-        "https://arxiv.org/abs/1706.02515",
-        "lecun_normal_",
-        (-_SELU_SCALE * _SELU_ALPHA, _INF),
-        _SELU_SCALE * _SELU_ALPHA,
-    ),
-    Activation(
-        "gelu",
-        nn.GELU,
-        r"x \, \Phi(x)",
-        "Hendrycks and Gimpel 2016, Gaussian error linear units",
-        "https://arxiv.org/abs/1606.08415",
-        "he_normal_",
-        (0.0, _INF),
-        0.5,
-    ),
-    Activation(
-        "silu",
-        nn.SiLU,
-        r"x \, \sigma(x)",
-        "Elfwing, Uchibe and Doya 2017, Sigmoid-weighted linear units",
-        "https://arxiv.org/abs/1702.03118",
-        "he_normal_",
-        (0.0, _INF),
-        0.5,
-    ),
-    Activation(
-        "mish",
-        nn.Mish,
-        r"x \tanh(\ln(1 + e^x))",
-        "Misra 2019, Mish: a self regularized non-monotonic activation function",
-        "https://arxiv.org/abs/1908.08681",
-        "he_normal_",
-        (0.0, _INF),
-        0.6,
-    ),
-    Activation(
-        "hardswish",
-        nn.Hardswish,
-        r"x \min(\max(0, x + 3), 6) / 6",
-        "Howard et al. 2019, Searching for MobileNetV3",
-        "https://arxiv.org/abs/1905.02244",
-        "he_normal_",
-        (0.0, _INF),
-        0.5,
-    ),
-    Activation(
-        "softplus",
-        nn.Softplus,
-        r"\ln(1 + e^{\beta x}) / \beta",
-        "Dugas et al. 2000, Incorporating second-order functional knowledge",
-        "https://papers.nips.cc/paper/1920",
-        "he_normal_",
-        (0.0, _INF),
-        0.5,
-        {"beta": 1.0, "threshold": 20.0},
-    ),
-    Activation(
-        "squared_relu",
-        SquaredReLU,
-        r"\max(0, x)^2",
-        "So et al. 2021, Primer: searching for efficient transformers",
-        "https://arxiv.org/abs/2109.08668",
-        "he_normal_",
-        (0.0, _INF),
-        0.0,
-    ),
-    Activation(
-        "absolute",
-        Absolute,
-        r"|x|",
-        "Jarrett et al. 2009, What is the best multi-stage architecture for object recognition?",
-        "https://doi.org/10.1109/ICCV.2009.5459469",
-        "lecun_normal_",
-        (_INF, _INF),
-        0.0,
-    ),
-    Activation(
-        "sigmoid",
-        nn.Sigmoid,
-        r"1 / (1 + e^{-x})",
-        "Rumelhart, Hinton and Williams 1986, Learning representations by back-propagating errors",
-        "https://doi.org/10.1038/323533a0",
-        "xavier_normal_",
-        (0.0, 1.0),
-        0.25,
-    ),
-    Activation(
-        "tanh",
-        nn.Tanh,
-        r"\tanh(x)",
-        "LeCun et al. 1998, Efficient BackProp",
-        "https://doi.org/10.1007/3-540-49430-8_2",
-        "xavier_normal_",
-        (-1.0, 1.0),
-        1.0,
-    ),
-    Activation(
-        "softsign",
-        nn.Softsign,
-        r"x / (1 + |x|)",
-        "Glorot and Bengio 2010, Understanding the difficulty of training deep networks",
-        "https://proceedings.mlr.press/v9/glorot10a.html",
-        "xavier_normal_",
-        (-1.0, 1.0),
-        1.0,
-    ),
-    Activation(
-        "step",
-        Step,
-        r"1 \text{ if } x > 0 \text{ else } 0",
-        "McCulloch and Pitts 1943, A logical calculus of the ideas immanent in nervous activity",
-        "https://doi.org/10.1007/BF02478259",
-        "he_normal_",
-        (0.0, 1.0),
-        0.0,
-    ),
+        (-_SELU_SLOPE, _INF), _SELU_SLOPE,
+        "Klambauer et al. 2017", "https://arxiv.org/abs/1706.02515", "lecun_normal_"),
+    Activation("gelu", nn.GELU, r"x \, \Phi(x)", (0, _INF), 0.5,
+        "Hendrycks and Gimpel 2016", "https://arxiv.org/abs/1606.08415"),
+    Activation("silu", nn.SiLU, r"x \, \sigma(x)", (0, _INF), 0.5,
+        "Elfwing et al. 2017", "https://arxiv.org/abs/1702.03118"),
+    Activation("mish", nn.Mish, r"x \tanh(\ln(1 + e^x))", (0, _INF), 0.6,
+        "Misra 2019", "https://arxiv.org/abs/1908.08681"),
+    Activation("hardswish", nn.Hardswish, r"x \min(\max(0, x + 3), 6) / 6", (0, _INF), 0.5,
+        "Howard et al. 2019", "https://arxiv.org/abs/1905.02244"),
+    Activation("softplus", nn.Softplus, r"\ln(1 + e^{\beta x}) / \beta", (0, _INF), 0.5,
+        "Dugas et al. 2000", "https://papers.nips.cc/paper/1920"),
+    Activation("squared_relu", squared_relu, r"\max(0, x)^2", (0, _INF), 0,
+        "So et al. 2021", "https://arxiv.org/abs/2109.08668"),
+    Activation("absolute", absolute, r"|x|", (_INF, _INF), 0,
+        "Jarrett et al. 2009", "https://doi.org/10.1109/ICCV.2009.5459469", "lecun_normal_"),
+    Activation("sigmoid", nn.Sigmoid, r"1 / (1 + e^{-x})", (0, 1), 0.25,
+        "Rumelhart et al. 1986", "https://doi.org/10.1038/323533a0", "xavier_normal_"),
+    Activation("tanh", nn.Tanh, r"\tanh(x)", (-1, 1), 1,
+        "LeCun et al. 1998", "https://doi.org/10.1007/3-540-49430-8_2", "xavier_normal_"),
+    Activation("softsign", nn.Softsign, r"x / (1 + |x|)", (-1, 1), 1, "Glorot and Bengio 2010",
+        "https://proceedings.mlr.press/v9/glorot10a.html", "xavier_normal_"),
+    Activation("step", step, r"1 \text{ if } x > 0 \text{ else } 0", (0, 1), 0,
+        "McCulloch and Pitts 1943", "https://doi.org/10.1007/BF02478259"),
 )
+# fmt: on
 
 REGISTRY: Mapping[str, Activation] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 """Every member of the family by name."""
+
+_NOT_ELEMENTWISE = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
+_TORCH = {n: getattr(nn, n) for n in nn.modules.activation.__all__ if n not in _NOT_ELEMENTWISE}
+
+MODULES: tuple[type[nn.Module], ...] = (*_TORCH.values(), Elementwise, MaxPieces)
+"""Classes of modules that are activations: torch's elementwise ones and this package's own."""
+
+_NAMED: dict[str, Callable[..., Any]] = {
+    **{name: entry.module for name, entry in REGISTRY.items()},
+    **{"abs": absolute, "swish": nn.SiLU, "maxout": MaxPieces},
+    **{n: c for n, c in _TORCH.items() if all(c is not e.module for e in _ENTRIES)},
+}
+_KNOWN = {canonical(name): module for name, module in _NAMED.items()}
+_ENTRY_OF = {entry.module: entry for entry in _ENTRIES} | {
+    getattr(home, name): REGISTRY["absolute" if name == "abs" else name]
+    for home in (torch, F, Tensor)
+    for name in ("abs", *REGISTRY)
+    if hasattr(home, name)
+}
 
 
 def activation_names() -> tuple[str, ...]:
@@ -389,39 +210,50 @@ def activation_names() -> tuple[str, ...]:
     return tuple(REGISTRY)
 
 
-def _nearest(wrong: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(wrong.lower(), known, n=3, cutoff=0.4)
-    if close:
-        return "the nearest known: " + ", ".join(close)
-    return "known: " + (", ".join(known) or "none, it takes no parameter")
+def registered(what: Any) -> Activation | None:
+    """Return the registry's entry for what :func:`activation` takes; None for a user's own.
+
+    >>> registered(torch.relu).initializer
+    'he_normal_'
+    """
+    if isinstance(what, str):
+        what = _KNOWN.get(canonical(what))
+    elif isinstance(what, nn.Module):
+        what = what.function if isinstance(what, Elementwise) else type(what)
+    return _ENTRY_OF.get(what)
 
 
-def activation(name: str, **parameters: float | int | bool) -> nn.Module:
-    """Build a member of the family as a module.
+def activation(what: str | Callable[..., Any], /, **options: Any) -> nn.Module:
+    """Build an activation as a module.
 
     Args:
-        name: A name of the registry, such as ``"leaky_relu"``; see :func:`activation_names`.
-        **parameters: The module's own parameters, such as ``negative_slope=0.1``; what is not
-            given takes torch's default, as listed in ``REGISTRY[name].parameters``.
+        what: One of
 
-    Returns:
-        The module, in training mode as torch builds it. ``prelu`` holds a parameter of its own.
+            * a name: one of :func:`activation_names`, torch's spelling (``"LeakyReLU"``), or
+              ``"maxout"``, which takes the largest of neighboring features;
+            * a class, such as ``nn.LeakyReLU``;
+            * a module, such as ``nn.ReLU()``, which is copied with its parameters;
+            * a function of a tensor that returns one of the same shape, such as ``torch.relu``;
+              it becomes an :class:`Elementwise`.
+        **options: What the class or the function takes beyond the tensor.
 
     Raises:
-        ValueError: If the name is unknown, or a parameter is not a finite number.
-        TypeError: If the member has no such parameter.
+        ValueError: If the name is unknown, or an option is not a finite number.
+        TypeError: If it has no such option, needs one that is missing, or is none of the above.
 
-    Example:
-        >>> activation("leaky_relu", negative_slope=0.1)
-        LeakyReLU(negative_slope=0.1)
+    >>> activation("leaky_relu", negative_slope=0.1)
+    LeakyReLU(negative_slope=0.1)
     """
-    if name not in REGISTRY:
-        raise ValueError(f"unknown activation {name!r}; {_nearest(str(name), list(REGISTRY))}")
-    entry = REGISTRY[name]
-    known = [key for key in inspect.signature(entry.module).parameters if key != "input"]
-    for key, value in parameters.items():
-        if key not in known:
-            raise TypeError(f"{name!r} has no parameter {key!r}; {_nearest(key, known)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} of {name!r} must be a finite number, not {value!r}")
-    return entry.module(**parameters)
+    if isinstance(what, nn.Module):
+        if options:
+            raise TypeError(f"{what} is built already and takes no options: {sorted(options)}")
+        return copy.deepcopy(what)
+    owner = repr(what) if isinstance(what, str) else _name(what)
+    build = _KNOWN.get(canonical(what)) if isinstance(what, str) else what
+    if build is None and isinstance(what, str):
+        raise ValueError(f"unknown activation {owner}; {nearest(what, _NAMED)}")
+    is_class = isinstance(build, type) and issubclass(build, nn.Module)
+    if not callable(build) or (isinstance(build, type) and not is_class):
+        raise TypeError(f"an activation must be a name, a module or a function, not {what!r}")
+    check_options(owner, build, options, tensors=0 if is_class else 1)
+    return build(**options) if is_class else Elementwise(build, **options)

@@ -1,6 +1,8 @@
 """Maxout: units that take the largest of several linear maps; exact forms of ReLU and relatives."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,39 +11,25 @@ from torch.nn import functional as F
 from relubook.layers.initializers import initialize_
 
 __all__ = [
-    "MaxPieces",
-    "Maxout",
-    "maxout",
-    "maxout_absolute",
-    "maxout_leaky_relu",
-    "maxout_relu",
-]
+    "MaxPieces", "Maxout", "maxout", "maxout_absolute", "maxout_leaky_relu", "maxout_relu",
+]  # fmt: skip
 
 
 def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
-    """Return the maximum over groups of ``pieces`` neighbors along a dimension.
+    """Return the maximum over groups of neighbors: (..., units * pieces, ...) to (..., units, ...).
 
-    Args:
-        input: Shape (..., units * pieces, ...).
-        pieces: Number of linear pieces of a unit, at least 1.
-        dim: The dimension that holds the pieces.
+    Where several pieces attain the maximum, autograd shares the gradient equally among them.
+    ValueError if the dimension is not a multiple of ``pieces``.
 
-    Returns:
-        Shape (..., units, ...). Where several pieces attain the maximum, autograd shares the
-        gradient equally among them.
-
-    Raises:
-        ValueError: If the dimension is not a multiple of ``pieces``.
-
-    Source:
-        Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
+    Source: Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
     """
-    _check_pieces(pieces)
-    size = input.shape[dim]
-    if size % pieces:
-        raise ValueError(f"dimension {dim} of size {size} is no multiple of pieces={pieces}")
+    _check_at_least_one(pieces=pieces)
+    if input.shape[dim] % pieces:
+        raise ValueError(
+            f"dimension {dim} of size {input.shape[dim]} is no multiple of pieces={pieces}"
+        )
     dim %= input.dim()
-    return input.unflatten(dim, (size // pieces, pieces)).amax(dim + 1)
+    return input.unflatten(dim, (-1, pieces)).amax(dim + 1)
 
 
 class MaxPieces(nn.Module):
@@ -49,7 +37,7 @@ class MaxPieces(nn.Module):
 
     def __init__(self, pieces: int = 2):
         super().__init__()
-        _check_pieces(pieces)
+        _check_at_least_one(pieces=pieces)
         self.pieces = pieces
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,7 +50,7 @@ class MaxPieces(nn.Module):
 
 
 class Maxout(nn.Module):
-    """A dense layer of maxout units, h_i = max_j (x . w_ij + b_ij).
+    """A dense layer of maxout units, h_i = max_j (x . w_ij + b_ij): (..., in) to (..., out).
 
     With one piece it is ``nn.Linear``. A unit is convex and piecewise linear; its gradient goes
     to the piece that is largest, so that it is never 0 for want of a slope.
@@ -72,11 +60,10 @@ class Maxout(nn.Module):
         out_features: Number of units.
         pieces: Linear pieces of a unit, at least 1.
         bias: Whether the pieces have a bias.
-        initializer: A name of ``relubook.layers.initializers.initializer_names``. LeCun's normal draw keeps the
-            second moment of the layer's output at two pieces.
+        initializer: What ``relubook.layers.initializers.initializer`` takes. LeCun's normal draw
+            keeps the second moment of the layer's output at two pieces.
         generator: Source of the randomness.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        device, dtype: Those of the parameters.
 
     Attributes:
         weight: Shape (out_features * pieces, in_features); the pieces of a unit are neighbors.
@@ -85,12 +72,7 @@ class Maxout(nn.Module):
     Raises:
         ValueError: If a size is below 1.
 
-    Example:
-        >>> Maxout(3, 4, pieces=2)(torch.ones(5, 3)).shape
-        torch.Size([5, 4])
-
-    Source:
-        Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
+    Source: Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
     """
 
     def __init__(
@@ -100,23 +82,17 @@ class Maxout(nn.Module):
         pieces: int = 2,
         *,
         bias: bool = True,
-        initializer: str = "lecun_normal",
+        initializer: str | Callable[..., Any] = "lecun_normal",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_pieces(pieces)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
+        _check_at_least_one(in_features=in_features, out_features=out_features, pieces=pieces)
         self.in_features, self.out_features, self.pieces = in_features, out_features, pieces
         rows = out_features * pieces
         self.weight = nn.Parameter(torch.empty(rows, in_features, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         initialize_(initializer, self.weight, self.bias, generator=generator)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -133,49 +109,32 @@ class Maxout(nn.Module):
 
 def maxout_relu(linear: nn.Linear) -> Maxout:
     """Return the maxout layer that equals ``relu(linear(x))``: the pieces are it and 0."""
-    return _two_pieces(linear, 0.0)
+    return maxout_leaky_relu(linear, 0.0)
 
 
 def maxout_absolute(linear: nn.Linear) -> Maxout:
     """Return the maxout layer that equals ``|linear(x)|``: the pieces are it and its negative."""
-    return _two_pieces(linear, -1.0)
+    return maxout_leaky_relu(linear, -1.0)
 
 
 def maxout_leaky_relu(linear: nn.Linear, negative_slope: float = 0.01) -> Maxout:
     """Return the maxout layer that equals the leaky rectifier of ``linear(x)``.
 
-    Args:
-        linear: The layer in front of the activation; its parameters are copied.
-        negative_slope: At most 1, for otherwise the function is not convex and no maximum.
-
-    Returns:
-        A layer of two pieces, the linear map and ``negative_slope`` times it.
-
-    Raises:
-        ValueError: If ``negative_slope`` is above 1 or not finite.
+    Its two pieces are copies of the linear map and of ``negative_slope`` times it. ValueError if
+    the slope is above 1 (the function is then not convex, and no maximum) or not finite.
     """
     if not (math.isfinite(negative_slope) and negative_slope <= 1):
         raise ValueError(f"negative_slope must be a finite number <= 1, not {negative_slope!r}")
-    return _two_pieces(linear, negative_slope)
-
-
-def _two_pieces(linear: nn.Linear, slope: float) -> Maxout:
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    layer = nn.utils.skip_init(Maxout, *sizes, pieces=2, bias=bias, **like)
     with torch.no_grad():
-        layer = torch.nn.utils.skip_init(
-            Maxout,
-            linear.in_features,
-            linear.out_features,
-            2,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-        for ours, theirs in ((layer.weight, linear.weight), (layer.bias, linear.bias)):
-            if theirs is not None:
-                ours.copy_(torch.stack([theirs, slope * theirs], 1).flatten(0, 1))
+        for ours, theirs in zip(layer.parameters(), linear.parameters(), strict=True):
+            ours.copy_(torch.stack([theirs, negative_slope * theirs], 1).flatten(0, 1))
     return layer
 
 
-def _check_pieces(pieces: int) -> None:
-    if pieces < 1:
-        raise ValueError(f"pieces must be at least 1, not {pieces}")
+def _check_at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")

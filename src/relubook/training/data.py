@@ -5,87 +5,107 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from relubook.training.losses import ELEMENTWISE, member_loss
-from relubook.training.stack import Stack, batches_of
+from relubook.training.losses import loss_function, of_each_member, same_shape, takes_labels
+from relubook.training.stack import Stack, batches_of, kept_modes
 
 __all__ = ["MemberData"]
 
 
 class MemberData:
-    """Inputs and targets of all members, checked, on the stack's device and in its type."""
+    """Inputs and targets of all members, checked, on the stack's device and in its type.
 
-    def __init__(self, stack: Stack, x: Any, y: Any, loss: Any, kind: str):
+    Losses are computed in 32 bits at least, whatever the type of the stack.
+
+    Args:
+        stack: The networks.
+        x: Inputs, shape (n, ...), or (members, n, ...) where :meth:`Stack.owns` says so.
+        y: Labels or targets, shape (n, ...) or (members, n, ...); where both could be meant, the
+            one that fits the outputs. For networks of one output (n,) stands for (n, 1).
+        loss: See :func:`relubook.training.losses.loss_function`.
+        kind: What messages put in front of ``x`` and ``y``.
+
+    Attributes:
+        n: Number of examples.
+    """
+
+    def __init__(self, stack: Stack, x: Any, y: Any, loss: Any, kind: str = ""):
         for name, value in ((f"{kind}x", x), (f"{kind}y", y)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
             if value.is_meta:
                 raise ValueError(f"{name} must hold numbers, but it is a meta tensor")
             if value.dim() < 1 or 0 in value.shape:
-                raise ValueError(f"{name} must hold examples, not of shape {tuple(value.shape)}")
-            if not value.isfinite().all():
-                raise ValueError(f"{name} has {int((~value.isfinite()).sum())} non-finite entries")
-        like, members = next(stack.parameters(), torch.empty(0)), len(stack)
+                raise ValueError(f"{name} must hold examples, but has shape {tuple(value.shape)}")
+            if wrong := int((~value.isfinite()).sum()):
+                raise ValueError(f"{name} must be finite, but has {wrong} non-finite entries")
+        like = next(stack.parameters(), torch.empty(0))
+        self.members, self.members_last = len(stack), stack.members_last
         self.own = stack.owns(x)
-        self.x = x.to(like) if x.is_floating_point() else x.to(like.device)
         self.n = n = x.shape[1] if self.own else len(x)
-        self.own_y = y.shape[:2] == (members, n) and y.dim() >= 2 + y.is_floating_point()
+        self.x = x.to(like) if x.is_floating_point() else x.to(like.device)
+        with kept_modes(stack), torch.no_grad():
+            out = stack.eval()(self.x[:, :1] if self.own else self.x[:1])
+        exact = torch.promote_types(out.dtype, torch.float32)
+        self.y = y.to(like.device, exact if y.is_floating_point() else None)
+        fits = y.is_floating_point() and y.shape[1:] == out.shape[2:]
+        self.own_y = y.shape[:2] == (self.members, n) and not (len(y) == n and fits)
         if not self.own_y and len(y) != n:
             raise ValueError(
                 f"{kind}y must have one target for each of {n} inputs, shape ({n}, ...) or "
-                f"({members}, {n}, ...), not {tuple(y.shape)}"
+                f"({self.members}, {n}, ...), not {tuple(y.shape)}"
             )
-        if y.is_floating_point() and y.dim() == 1:
-            y = y[:, None]
-        self.y = y.to(like) if y.is_floating_point() else y.to(like.device)
-        self.each = member_loss(loss, y)
-        self.members, self.members_last = members, stack.members_last
-        mode = stack.training
-        with torch.no_grad():
-            out = stack.eval()(self.rows(slice(0, 1))[0])
-            stack.train(mode)
-            if not y.is_floating_point() and loss in (None, "cross_entropy", F.cross_entropy):
-                self._check_labels(out, kind)
-            elif loss in (None, "mse", "mae", *ELEMENTWISE) and out.shape[2:] != self.shape:
+        if y.is_floating_point() and out.shape[2:] == (1,) and y.dim() == 1 + self.own_y:
+            self.y = self.y[..., None]
+        one = loss_function(loss, y)
+        if takes_labels(one, y):
+            self._check_labels(out, one, kind)
+        elif same_shape(one):
+            if not y.is_floating_point():
+                raise TypeError(f"{kind}y must hold floating-point targets, not {y.dtype}")
+            if out.shape[2:] != self.target:
                 raise ValueError(
                     f"{kind}y must have targets of shape {tuple(out.shape[2:])}, as the outputs "
-                    f"do, not {tuple(self.shape)}"
+                    f"do, not {tuple(self.target)}"
                 )
+        each = of_each_member(one)
+        self.each = lambda out, y: each(out.to(exact), y)
+        with torch.no_grad():
             losses = self.each(out, self.rows(slice(0, 1))[1])
-        if losses.shape != (members,):
+        if losses.shape != (self.members,):
             raise ValueError(
                 "loss must return one number for one network's outputs and targets, "
                 f"not the shape {tuple(losses.shape[1:])}"
             )
 
     @property
-    def shape(self) -> torch.Size:
+    def target(self) -> torch.Size:
         """Shape of one target."""
-        return self.y.shape[2:] if self.own_y else self.y.shape[1:]
+        return self.y.shape[1 + self.own_y :]
 
-    def _check_labels(self, out: Tensor, kind: str) -> None:
-        if self.shape:
+    def _check_labels(self, out: Tensor, loss: Any, kind: str) -> None:
+        # As torch has it, classes come first among the dimensions of one output.
+        if self.target != out.shape[3:]:
             raise ValueError(
-                f"{kind}y must have the shape ({self.n},) or ({self.members}, {self.n}), "
-                f"not {tuple(self.y.shape)}"
+                f"{kind}y must have labels of shape {tuple(out.shape[3:])}, one for each vector of "
+                f"outputs, not {tuple(self.target)}"
             )
-        low, high = int(self.y.min()), int(self.y.max())
-        if low < 0 or high >= out.shape[-1]:
+        used = self.y
+        if isinstance(loss, nn.CrossEntropyLoss):
+            used = used[used != loss.ignore_index]
+        if used.numel() and not 0 <= (low := int(used.min())) <= int(used.max()) < out.shape[2]:
             raise ValueError(
-                f"labels of {kind}y must be in 0..{out.shape[-1] - 1}, not {low}..{high}"
+                f"labels of {kind}y must be in 0..{out.shape[2] - 1}, not {low}..{int(used.max())}"
             )
 
     def rows(self, index: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of some examples, targets as (members, batch, ...)."""
         x = self.x[:, index] if self.own else self.x[index]
-        y = (
-            self.y[:, index]
-            if self.own_y
-            else self.y[index].expand(self.members, *self.y[index].shape)
-        )
-        return x, y
+        if self.own_y:
+            return x, self.y[:, index]
+        y = self.y[index]
+        return x, y.expand(self.members, *y.shape)
 
     def batches(
         self, seeds: Sequence[int], size: int | None, seed: int | None
@@ -96,7 +116,7 @@ class MemberData:
         assert size is not None
         if seed is not None:
             yield from (self.rows(index) for index in batches_of(seed, self.n, size))
-        rows = torch.arange(self.members)[:, None]
+        rows = torch.arange(self.members, device=self.x.device)[:, None]
         rows, dim = (rows.t(), 1) if self.members_last else (rows, 0)
         for each in zip(*(batches_of(s, self.n, size) for s in seeds), strict=True):
             index = torch.stack(each, dim).to(self.x.device)

@@ -1,6 +1,8 @@
 """Any optimizer of torch, at one rate or at many, over all numbers of a stack."""
 
+import contextlib
 import difflib
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relubook.training.modules import StackedLinear
 from relubook.training.stack import Stack
 
-__all__ = ["Numbers", "make_optimizer", "optimizer_class"]
+__all__ = ["Numbers", "make_optimizer", "optimizer_maker"]
 
-FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
-MATRIX_WISE = ("Adafactor", "Muon")
+NAMED = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+}
+ELEMENTWISE = {
+    NAMED[name]
+    for name in (
+        "sgd", "adam", "adamw", "adamax", "nadam", "radam", "adadelta", "adagrad", "asgd",
+        "rmsprop", "rprop",
+    )
+}  # fmt: skip
 REFUSED = {
     "LBFGS": "it calls the loss many times a step",
     "SparseAdam": "gradients here are dense",
@@ -23,16 +38,20 @@ REFUSED = {
 class Numbers:
     """All trained parameters of a stack in one piece of memory, and their gradients in another.
 
-    One update then serves all layers. The stack's parameters are views of it until
-    :meth:`release`; where the stack says so, the members stand side by side in memory.
+    One update then serves all layers. The stack's parameters are views of it while the context
+    lasts; where the stack says so, the members stand side by side in memory.
     """
 
     def __init__(self, stack: Stack):
         self.parameters = [p for p in stack.parameters() if p.requires_grad]
+        if len(types := {p.dtype for p in self.parameters}) != 1:
+            raise ValueError(f"stack must have trained parameters of one type, not {types or None}")
         self.members = len(stack)
+        self.turned = {id(m.weight) for m in stack.modules() if isinstance(m, StackedLinear)}
         sizes = [p.numel() for p in self.parameters]
-        like = self.parameters[0].detach() if sizes else torch.empty(0)
-        self.values, self.gradient = (like.new_zeros(sum(sizes)) for _ in range(2))
+        self.values, self.gradient = (
+            self.parameters[0].detach().new_zeros(sum(sizes)) for _ in range(2)
+        )
         parts = (self.values.split(sizes), self.gradient.split(sizes))
         for parameter, *blocks in zip(self.parameters, *parts, strict=True):
             if stack.members_last:
@@ -43,33 +62,40 @@ class Numbers:
             value.copy_(parameter.detach())
             parameter.data, parameter.grad = value, gradient
 
-    def groups(self, rates: list[float], matrix_wise: bool) -> list[dict[str, Any]]:
+    def groups(self, rates: list[float], elementwise: bool) -> list[dict[str, Any]]:
         """Return parameter groups of views, one for each run of equal rates.
 
-        With ``matrix_wise`` one for each member, its matrices as a single network has them.
+        Unless the optimizer is elementwise, one for each member, with its parameters as a single
+        network has them.
         """
-        if len(set(rates)) == 1 and not matrix_wise:
+        if len(set(rates)) == 1 and elementwise:
             self.values.grad = self.gradient
             return [{"params": [self.values], "lr": rates[0]}]
         members, groups = len(rates), []
-        cuts = [i for i in range(1, members) if matrix_wise or rates[i] != rates[i - 1]]
+        cuts = [i for i in range(1, members) if not elementwise or rates[i] != rates[i - 1]]
         for start, stop in itertools.pairwise([0, *cuts, members]):
             views = []
             for parameter in self.parameters:
                 assert parameter.grad is not None
                 view, gradient = parameter.data[start:stop], parameter.grad[start:stop]
-                if matrix_wise:
+                if not elementwise:
                     view, gradient = view[0], gradient[0]
-                    view, gradient = (view.mT, gradient.mT) if view.dim() == 2 else (view, gradient)
+                    if id(parameter) in self.turned:
+                        view, gradient = view.mT, gradient.mT
                 view.grad = gradient
                 views.append(view)
             groups.append({"params": views, "lr": rates[start]})
         return groups
 
     def norms(self) -> Tensor:
-        """Return the norm of each member's gradient, shape (members,)."""
-        parts = [p.grad.flatten(1).norm(dim=1) for p in self.parameters if p.grad is not None]
-        return torch.stack(parts).norm(dim=0) if parts else self.values.new_zeros(self.members)
+        """Return the norm of each member's gradient, shape (members,), in 32 bits at least."""
+        exact = torch.promote_types(self.values.dtype, torch.float32)
+        parts = [
+            torch.linalg.vector_norm(p.grad.reshape(self.members, -1), dim=1, dtype=exact)
+            for p in self.parameters
+            if p.grad is not None
+        ]
+        return torch.stack(parts).norm(dim=0)
 
     def clip(self, norms: Tensor, largest: float) -> None:
         """Scale down the gradients of members whose norm is larger."""
@@ -80,39 +106,40 @@ class Numbers:
 
     def finite(self) -> Tensor:
         """Return which members have finite parameters only, shape (members,)."""
-        found = torch.ones(self.members, dtype=torch.bool, device=self.values.device)
-        for parameter in self.parameters:
-            found &= parameter.detach().isfinite().flatten(1).all(1)
-        return found
+        return torch.stack(
+            [p.detach().isfinite().reshape(self.members, -1).all(1) for p in self.parameters]
+        ).all(0)
 
-    def release(self) -> None:
-        """Give the stack's parameters memory of their own again."""
+    def __enter__(self) -> "Numbers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for parameter in self.parameters:
             value = parameter.detach().clone(memory_format=torch.contiguous_format)
             parameter.data, parameter.grad = value, None
 
 
-def optimizer_class(optimizer: Any) -> Callable[..., torch.optim.Optimizer]:
-    """Return the class, or function, that a name or class of ``torch.optim`` stands for.
+def optimizer_maker(
+    optimizer: Any, options: dict[str, Any]
+) -> tuple[Callable[..., torch.optim.Optimizer], bool]:
+    """Return what makes an optimizer from parameter groups, and whether it acts on single numbers.
+
+    Args:
+        optimizer: A class of ``torch.optim``, its name in any case, or a function.
+        options: Its options.
 
     Raises:
-        TypeError: If it is neither a name nor callable.
-        ValueError: If the name is unknown, or the optimizer fits no stack.
+        TypeError: If it is neither a name nor callable, returns no optimizer, or has no such
+            option.
+        ValueError: If the name is unknown, an option is wrong, or the optimizer fits no stack.
     """
-    known = {
-        name: kind
-        for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    }
-    known.pop("Optimizer")
     if isinstance(optimizer, str):
-        named = {name.lower(): kind for name, kind in known.items()}
-        if optimizer.lower() not in named:
-            close = difflib.get_close_matches(optimizer.lower(), list(named), n=3, cutoff=0.4)
+        if optimizer.lower() not in NAMED:
+            close = difflib.get_close_matches(optimizer.lower(), list(NAMED), n=3, cutoff=0.4)
             raise ValueError(
-                f"unknown optimizer {optimizer!r}; known: {', '.join(close or sorted(known))}"
+                f"unknown optimizer {optimizer!r}; known: {', '.join(close or sorted(NAMED))}"
             )
-        optimizer = named[optimizer.lower()]
+        optimizer = NAMED[optimizer.lower()]
     if isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a class or a function, such as torch.optim.Adam, not an instance: "
@@ -120,18 +147,21 @@ def optimizer_class(optimizer: Any) -> Callable[..., torch.optim.Optimizer]:
         )
     if not callable(optimizer):
         raise TypeError(f"optimizer must be a name, a class or a function, not {optimizer!r}")
-    name = getattr(optimizer, "__name__", "")
-    if name in REFUSED:
+    if isinstance(optimizer, type):
+        optimizer = functools.partial(optimizer, lr=0.0)  # each group has its own
+    made = optimizer([{"params": [torch.zeros(1, 1)], "lr": 0.0}], **options)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must make a torch.optim.Optimizer, not {made!r}")
+    if (name := type(made).__name__) in REFUSED:
         raise ValueError(f"optimizer must not be {name}: {REFUSED[name]}")
-    return optimizer
+    return optimizer, type(made) in ELEMENTWISE
 
 
 def make_optimizer(
-    kind: Any, numbers: Numbers, rates: list[float], options: dict[str, Any]
+    make: Callable[..., Any], groups: list[dict[str, Any]], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over a stack's numbers, with one parameter group a run of equal rates."""
-    groups = numbers.groups(rates, getattr(kind, "__name__", "") in MATRIX_WISE)
-    whole = all(value.is_contiguous() for group in groups for value in group["params"])
-    if whole and kind in FUSED and not {"fused", "foreach"} & set(options):
-        options = options | {"fused": True}
-    return kind(groups, **options)
+    """Return an optimizer of parameter groups, fused where torch has that."""
+    if all(value.is_contiguous() for group in groups for value in group["params"]):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            return make(groups, **{"fused": True} | options)
+    return make(groups, **options)

@@ -12,26 +12,25 @@ layers, and gives single members back:
 Linear(in_features=3, out_features=8, bias=True)
 """
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from relubook.layers.activations import MODULES
 from relubook.training.modules import (
     SMALL_MAP,
     Drawing,
-    StackedBatchNorm,
     StackedDropout,
-    StackedLayerNorm,
     StackedLinear,
     StackedModule,
     StackedRReLU,
     stream,
 )
 from relubook.training.recipe import Recipe, wire
-
-MODULES = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SELU, nn.ELU)
 
 __all__ = [
     "RecipeStack",
@@ -88,6 +87,17 @@ def batches_of(seed: int, n: int, batch_size: int) -> Iterator[Tensor]:
     while True:
         whole = torch.randperm(n, generator=generator)[: n // batch_size * batch_size]
         yield from whole.split(batch_size)
+
+
+@contextlib.contextmanager
+def kept_modes(network: nn.Module) -> Iterator[None]:
+    """Leave every module in training or evaluation mode as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Stack(nn.Module):
@@ -171,7 +181,8 @@ class Stack(nn.Module):
         for (name, old), (own, value) in zip(plain.items(), self.state_dict().items(), strict=True):
             one = value.detach().cpu()
             one = one[index] if one.dim() > old.dim() else one
-            plain[name] = (one.mT if own in turned else one).clone()
+            one = one.mT if own in turned else one
+            plain[name] = one.clone(memory_format=torch.contiguous_format)
         network.load_state_dict(plain, assign=True)
         return network.train(self.training)
 
@@ -187,7 +198,7 @@ class Stack(nn.Module):
             for parameter in module.parameters(recurse=False):
                 value = parameter.detach()
                 turned = isinstance(module, StackedLinear) and value.dim() == 3
-                parts.append((value.mT if turned else value).flatten(1))
+                parts.append((value.mT if turned else value).reshape(len(self), -1))
         return torch.cat(parts, 1) if parts else torch.empty(len(self), 0)
 
     def range(self, start: int, stop: int) -> "Stack":
@@ -264,23 +275,16 @@ class RecipeStack(Stack):
             made.weight.data.copy_(weight.mT)
             return made
 
-        def norm(make: Callable[[int], nn.Module], size: int) -> nn.Module:
-            kinds = {nn.BatchNorm1d: StackedBatchNorm, nn.LayerNorm: StackedLayerNorm}
-            if make in kinds:
-                return kinds[make](members, size, dtype=dtype)
-            return StackedModule(make(size).to(dtype), members)
-
-        def unit(module: nn.Module, layer: int) -> nn.Module:
+        def turn(module: nn.Module, layer: int) -> nn.Module:
+            if isinstance(module, nn.Dropout):
+                return StackedDropout(self.seeds, module.p, layer)
             if isinstance(module, nn.RReLU):
                 return StackedRReLU(self.seeds, module.lower, module.upper, layer)
-            if next(module.parameters(), None) is None:
+            if next(itertools.chain(module.parameters(), module.buffers()), None) is None:
                 return module
-            return StackedModule(module.to(dtype), members)
+            return StackedModule([module.to(dtype)] * members)
 
-        def dropout(p: float, layer: int) -> nn.Module:
-            return StackedDropout(self.seeds, p, layer)
-
-        for name, module in recipe.modules(linear, norm, unit, dropout).items():
+        for name, module in recipe.modules(linear, turn).items():
             self.add_module(name, module)
         self.members_last = max(ins * outs for ins, outs in recipe.maps) <= SMALL_MAP
 
@@ -296,6 +300,8 @@ class RecipeStack(Stack):
                 f"the input must have the shape (batch, {size}) or ({len(self)}, batch, {size}), "
                 f"not {tuple(input.shape)}"
             )
+        if not input.is_floating_point():
+            raise TypeError(f"the input must be floating point, not {input.dtype}")
         return wire(self, self.recipe.residual, input, seen)
 
     def owns(self, input: Tensor) -> bool:
@@ -309,10 +315,10 @@ class RecipeStack(Stack):
 class _AnyStack(Stack):
     """Any module, stacked; see :func:`stack_of`."""
 
-    def __init__(self, members: Sequence[nn.Module], seeds: Sequence[int]):
+    def __init__(self, members: Sequence[nn.Module], seeds: Sequence[int], dims: int | None):
         super().__init__(seeds)
-        self.body = StackedModule(members[0], len(members), members)
-        self.dims = _input_dims(members[0])
+        self.body = StackedModule(members)
+        self.dims = _input_dims(members[0]) if dims is None else dims
 
     def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
         own = self.owns(input)
@@ -321,30 +327,30 @@ class _AnyStack(Stack):
                 f"inputs of each member's own must have the shape ({len(self)}, batch, ...), "
                 f"not {tuple(input.shape)}"
             )
-        if seen is None:
+        units = [m for m in self.body.module.modules() if isinstance(m, MODULES)]
+        if seen is None or not units:
             return self.body(input, not own)
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pairs: list[Tensor] = []  # pre- and post-activations in turn
         hooks = [
-            module.register_forward_hook(
-                lambda module, args, out: pairs.append((args[0].clone(), out.clone()))
+            hook
+            for unit in units
+            for hook in (
+                unit.register_forward_pre_hook(lambda _, args: pairs.append(args[0].clone())),
+                unit.register_forward_hook(lambda _, args, out: pairs.append(out.clone())),
             )
-            for module in self.body.module.modules()
-            if isinstance(module, MODULES)
         ]
 
-        def call(one: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        def found(out: Tensor) -> tuple[Tensor, list[Tensor]]:
+            kept = list(pairs)
             pairs.clear()
-            return torch.func.functional_call(self.body.module, one, (x,)), list(pairs)
+            return out, kept
 
-        module = self.body.module
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         try:
-            dims = (0, 0 if own else None)
-            out, found = torch.func.vmap(call, dims, randomness="different")(state, input)
+            out, kept = self.body(input, not own, found)
         finally:
             for hook in hooks:
                 hook.remove()
-        for pre, post in found:
+        for pre, post in zip(kept[::2], kept[1::2], strict=True):
             seen(pre, post)
         return out
 
@@ -374,31 +380,41 @@ def _input_dims(module: nn.Module) -> int:
     return 0
 
 
-def stack_of(build: Callable[[], nn.Module], seeds: int | Iterable[int]) -> Stack:
+def stack_of(
+    build: Callable[[], nn.Module], seeds: int | Iterable[int], *, dims: int | None = None
+) -> Stack:
     """Stack networks of any kind by ``torch.func.vmap``.
 
     Args:
         build: Builds one network from torch's global random state, which is seeded with each
             member's seed in turn and left as it was.
         seeds: The members' seeds; a number m stands for ``range(m)``.
+        dims: Dimensions of one network's batch, by which inputs of each member's own are told
+            from shared ones; by default as the first convolution or linear map has it (4 for
+            images, 2 for vectors), and without one all inputs are shared.
 
     Returns:
         The stack. Its parameters have the members first; ``hidden`` sees activation modules of
-        the family, not functions called in ``forward``. Draws in training (dropout) come from
-        torch's global generator.
+        ``relubook.layers.activations.MODULES``, not functions called in ``forward``. Draws in
+        training (dropout) come from torch's global generator.
 
     Raises:
         TypeError: If ``build`` returns no module.
-        ValueError: If there is no member, or members differ in shape.
+        ValueError: If there is no member, members differ in shape, or a parameter is shared
+            within a network.
     """
     chosen, members = member_seeds(seeds), []
     with torch.random.fork_rng():
         for seed in chosen:
             torch.manual_seed(seed)
             members.append(build())
-    if not all(isinstance(member, nn.Module) for member in members):
-        raise TypeError(f"build must return a module, not {type(members[0]).__name__}")
-    shapes = [[tuple(value.shape) for value in m.state_dict().values()] for m in members]
+            if not isinstance(members[-1], nn.Module):
+                raise TypeError(f"build must return a module, not {members[-1]!r}")
+    shapes = [[(k, v.shape) for k, v in member.state_dict().items()] for member in members]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("all members must have parameters of the same shapes")
-    return _AnyStack(members, chosen)
+    if len([*members[0].named_parameters(remove_duplicate=False)]) > len(
+        [*members[0].parameters()]
+    ):
+        raise ValueError("no parameter may be shared between modules of a network")
+    return _AnyStack(members, chosen, dims)

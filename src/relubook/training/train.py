@@ -17,6 +17,7 @@ or ``"ray"`` the same call runs on a cluster.
 
 import contextlib
 import math
+import operator
 import os
 import signal
 import sys
@@ -32,9 +33,9 @@ from torch import Tensor
 from relubook._optional import require
 from relubook.training.data import MemberData
 from relubook.training.losses import classifies
-from relubook.training.optimizers import Numbers, make_optimizer, optimizer_class
+from relubook.training.optimizers import Numbers, make_optimizer, optimizer_maker
 from relubook.training.run import TrainingRun, concatenate, crossed, seed_ranges
-from relubook.training.stack import Stack
+from relubook.training.stack import Stack, kept_modes
 
 __all__ = ["TrainingRun", "concatenate", "crossed", "seed_ranges", "train"]
 
@@ -108,9 +109,81 @@ def train(
             f"not {type(stack).__name__}"
         )
     members = len(stack)
-    data = MemberData(stack, x, y, loss, "")
+    data = MemberData(stack, x, y, loss)
     check = None if validation is None else MemberData(stack, *validation, loss, "validation ")
-    rates = torch.as_tensor(lr, dtype=torch.float64)
+    rates = _rates(lr, members)
+    steps, jobs = _integer("steps", steps, 0), _integer("jobs", jobs, 1)
+    if batch_size is not None and _integer("batch_size", batch_size, 1) > data.n:
+        raise ValueError(f"batch_size must be at most {data.n}, the examples, not {batch_size}")
+    if batch_seed is not None:
+        _integer("batch_seed", batch_seed)
+    if clip is not None and not (clip > 0 and math.isfinite(clip)):
+        raise ValueError(f"clip must be a positive finite number, not {clip!r}")
+    for name, function in (("each_step", each_step), ("scheduler", scheduler)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, not {function!r}")
+    marks = _marks(record, steps)
+    make, elementwise = optimizer_maker(optimizer, options)
+    if jobs > 1 and members > 1:
+        if each_step is not None:
+            raise ValueError("each_step must be None for several jobs: they share no memory")
+        return _train_apart(
+            stack, data, check, rates, jobs, steps=steps, optimizer=optimizer, loss=loss,
+            batch_size=batch_size, batch_seed=batch_seed, scheduler=scheduler, clip=clip,
+            record=sorted(marks), **options,
+        )  # fmt: skip
+    done, ended = 0, False
+    with (
+        _interruptible() as stop, _bar(progress, members, steps) as bar, kept_modes(stack),
+        Numbers(stack) as numbers, torch.enable_grad(),
+    ):  # fmt: skip
+        made = make_optimizer(make, numbers.groups(rates.tolist(), elementwise), options)
+        schedule = None if scheduler is None else scheduler(made)
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("scheduler must go by the step: ReduceLROnPlateau goes by one loss")
+        trainer = _Trainer(stack, numbers, data, check)
+        batches = data.batches(stack.seeds, batch_size, batch_seed)
+        trainer.measure(0)
+        for step in range(1, steps + 1):
+            if stop.is_set() or ended:
+                break
+            if not stack.training:
+                stack.train()
+            trainer.backward(next(batches), step in marks or each_step is not None, clip)
+            made.step()
+            if schedule is not None:
+                schedule.step()
+            done = step
+            bar.update(members)
+            if each_step is not None:
+                with torch.no_grad():
+                    ended = each_step(step, stack.eval(), made) is False
+            if step in marks:
+                trainer.measure(step)
+                bar.set_postfix_str(trainer.state(), refresh=False)
+        if trainer.steps[-1] != done:
+            trainer.measure(done)
+    interrupted = done < steps and not ended
+    if interrupted:
+        warnings.warn(f"stopped after {done} of {steps} steps", RuntimeWarning, stacklevel=2)
+    return trainer.run(rates, interrupted)
+
+
+def _integer(name: str, value: Any, least: float = -math.inf) -> int:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value
+
+
+def _rates(lr: Any, members: int) -> Tensor:
+    try:
+        rates = torch.as_tensor(lr, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"lr must be a number or one number a member, not {lr!r}") from None
     if rates.dim() > 1 or (rates.dim() == 1 and len(rates) != members):
         raise ValueError(
             f"lr must be one number or one a member ({members}), not of shape {tuple(rates.shape)}"
@@ -119,90 +192,29 @@ def train(
     if not (fine := rates.isfinite() & (rates >= 0)).all():
         wrong = int((~fine).nonzero()[0])
         raise ValueError(f"lr must be finite and >= 0; member {wrong} has {rates[wrong].item()}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, not {steps}")
-    if batch_size is not None and not 1 <= batch_size <= data.n:
-        raise ValueError(
-            f"batch_size must be in 1..{data.n}, the size of the data, not {batch_size}"
-        )
-    if clip is not None and not (clip > 0 and math.isfinite(clip)):
-        raise ValueError(f"clip must be a positive finite number, not {clip!r}")
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, not {jobs}")
-    for name, function in (("each_step", each_step), ("scheduler", scheduler)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, not {function!r}")
-    if jobs > 1 and members > 1:
-        if not all(isinstance(value, Tensor) for value in (x, y)):
-            raise TypeError("x and y must be tensors")
-        return _train_apart(
-            stack, data, check, rates, jobs, steps=steps, optimizer=optimizer, loss=loss,
-            batch_size=batch_size, batch_seed=batch_seed, scheduler=scheduler, clip=clip,
-            record=record, each_step=each_step, **options,
-        )  # fmt: skip
-    marks = _marks(record, steps)
-    kind = optimizer_class(optimizer)
-    kind([torch.zeros(1, 1)], lr=float(rates[0]), **options)  # raises for unknown options
-    trainer = _Trainer(stack, data, check, rates)
-    mode = stack.training
-    with _interruptible() as stop, _bar(progress, members, steps) as bar:
-        try:
-            made = make_optimizer(kind, trainer.numbers, rates.tolist(), options)
-            schedule = None if scheduler is None else scheduler(made)
-            batches = data.batches(stack.seeds, batch_size, batch_seed)
-            trainer.measure(0)
-            for step in range(1, steps + 1):
-                if stop.is_set():
-                    break
-                stack.train()
-                trainer.backward(next(batches), step in marks, clip)
-                made.step()
-                if schedule is not None:
-                    schedule.step()
-                bar.update(members)
-                ended = False
-                if each_step is not None:
-                    with torch.no_grad():
-                        ended = each_step(step, stack, made) is False
-                if step in marks or ended:
-                    trainer.measure(step)
-                    bar.set_postfix_str(trainer.state(), refresh=False)
-                if ended:
-                    break
-            if stop.is_set() and trainer.steps[-1] != (reached := step - 1):
-                trainer.measure(reached)
-        finally:
-            trainer.numbers.release()
-            stack.train(mode)
-    if stop.is_set():
-        warnings.warn(
-            f"stopped after {trainer.steps[-1]} of {steps} steps", RuntimeWarning, stacklevel=2
-        )
-    return trainer.run(rates, stop.is_set())
+    return rates
 
 
 def _marks(record: int | Iterable[int] | None, steps: int) -> set[int]:
     if record is None:
         marks = {round(k * steps / 10) for k in range(11)}
-    elif isinstance(record, int):
-        if record < 1:
-            raise ValueError(f"record must be at least 1, not {record}")
-        marks = set(range(0, steps, record))
-    else:
-        marks = {int(mark) for mark in record}
+    elif isinstance(record, Iterable) and not isinstance(record, str):
+        marks = {_integer("every step of record", mark) for mark in record}
         if wrong := sorted(mark for mark in marks if not 0 <= mark <= steps):
-            raise ValueError(f"record names step {wrong[0]}, outside 0..{steps}")
+            raise ValueError(f"record must name steps in 0..{steps}, not {wrong[0]}")
+    else:
+        marks = set(range(0, steps, _integer("record", record, 1)))
     return marks | {0, steps}
 
 
 class _Trainer:
     """What changes while a stack is trained, and what is measured on the way."""
 
-    def __init__(self, stack: Stack, data: MemberData, check: MemberData | None, rates: Tensor):
-        self.stack, self.data, self.check = stack, data, check
-        self.numbers = Numbers(stack)
-        members, like = len(stack), self.numbers.values
-        self.unknown = torch.full((members,), math.nan, dtype=like.dtype, device=like.device)
+    def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: MemberData | None):
+        self.stack, self.numbers, self.data, self.check = stack, numbers, data, check
+        members, like = len(stack), numbers.values
+        exact = torch.promote_types(like.dtype, torch.float32)
+        self.unknown = torch.full((members,), math.nan, dtype=exact, device=like.device)
         self.norms = self.unknown
         self.diverged = torch.full((members,), -1, dtype=torch.int64, device=like.device)
         self.died: list[Tensor] = []
@@ -302,19 +314,25 @@ def _train_apart(
 ) -> TrainingRun:
     """Train ranges of members by joblib and put the results into the stack."""
     joblib = require("joblib", "training on several processes")
-
-    def job(start: int, stop: int) -> TrainingRun:
-        torch.set_num_threads(1)
-        held = {} if check is None else {"validation": check.part(start, stop)}
-        part = stack.range(start, stop)
-        x, y = data.part(start, stop)
-        return train(part, x, y, lr=rates[start:stop], progress=False, **held, **settings)
-
-    parts = seed_ranges(len(stack), jobs)
-    runs = joblib.Parallel(n_jobs=jobs)(joblib.delayed(job)(p.start, p.stop) for p in parts)
-    run = concatenate(runs)
+    calls = []
+    for part in seed_ranges(len(stack), jobs):
+        a, b = part.start, part.stop
+        held = None if check is None else check.part(a, b)
+        given = settings | {"lr": rates[a:b], "validation": held}
+        calls.append(joblib.delayed(_train_part)(stack.range(a, b), *data.part(a, b), given))
+    run = concatenate(joblib.Parallel(n_jobs=jobs)(calls))
     stack.take_(run.network)
     return replace(run, network=stack)
+
+
+def _train_part(stack: Stack, x: Tensor, y: Tensor, settings: dict[str, Any]) -> TrainingRun:
+    """Train a range of members on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train(stack, x, y, progress=False, **settings)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
