@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from relubook.chapters.optimizer_maps import (
     MAP_OPTIMIZERS,
     MAP_RATES,
-    dead_share,
     matched_rate,
     optimizer_map,
     target_scale,
@@ -18,7 +17,8 @@ from relubook.chapters.optimizer_maps import (
 )
 from relubook.evidence.data import dataset
 from relubook.training.recipe import Recipe
-from relubook.training.train import batch_order, train_many
+from relubook.training.stack import batch_order
+from relubook.training.train import train
 
 
 def test_ten_times_a_rate_is_a_rate():
@@ -30,8 +30,8 @@ def test_ten_times_a_rate_is_a_rate():
 @pytest.mark.parametrize("optimizer", MAP_OPTIMIZERS)
 def test_digits_are_trained_as_by_a_plain_loop(optimizer):
     run = train_digits([3], optimizer=optimizer, lr=0.01, steps=5, record=[])
-    train = dataset("digits").train
-    net = Recipe(64, 32, 10, depth=3).single(3)
+    seen = dataset("digits").train
+    net = Recipe(64, 32, 10, hidden=2).single(3)
     made = {
         "SGD": lambda p: torch.optim.SGD(p, 0.01),
         "momentum": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
@@ -39,12 +39,12 @@ def test_digits_are_trained_as_by_a_plain_loop(optimizer):
         "Adam": lambda p: torch.optim.Adam(p, 0.01),
         "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01),
     }[optimizer](net.parameters())
-    for rows in batch_order(3, len(train), 64, 5):
+    for rows in batch_order(3, len(seen), 64, 5):
         made.zero_grad()
-        F.cross_entropy(net(train.x[rows]), train.y[rows]).backward()
+        F.cross_entropy(net(seen.x[rows]), seen.y[rows]).backward()
         made.step()
     with torch.no_grad():
-        torch.testing.assert_close(run.member(0)(train.x), net(train.x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run.member(0)(seen.x), net(seen.x), rtol=1e-3, atol=1e-3)
 
 
 def test_targets_are_scaled_and_shifted():
@@ -54,7 +54,7 @@ def test_targets_are_scaled_and_shifted():
     scaled = train_diabetes([0], optimizer="SGD", lr=0.0, steps=0, target_sd=0.1, target_mean=2.0)
     expected = (out - (2 + 0.1 * y)).square().mean()
     assert scaled.loss[0, 0].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert dead_share(plain).shape == (1,)
+    assert plain.dead_share().shape == (1,)
 
 
 def test_single_relu_is_trained_as_by_a_plain_loop():
@@ -98,11 +98,10 @@ def test_momentum_moves_ten_times_as_far_in_the_long_run():
     x, y = torch.ones(4, 1), torch.zeros(4, 1)
     moved = {}
     for name in ("SGD", "momentum"):
-        kind, options = MAP_OPTIMIZERS[name]
-        run = train_many(
-            Recipe(1, (), 1, bias=False), x, y, seeds=1, steps=400, optimizer=kind,
-            lr=matched_rate(name, 0.01), loss=lambda out, _: out.flatten(1).mean(1),
-            **dict(options),
+        run = train(
+            Recipe(1, (), 1, bias=False).stack(1), x, y, steps=400,
+            optimizer=MAP_OPTIMIZERS[name], lr=matched_rate(name, 0.01),
+            loss=lambda out, _: out.mean(),
         )  # fmt: skip
         moved[name] = float(run.network.member(0).linear1.weight.detach()) - float(
             Recipe(1, (), 1).single(0).linear1.weight.detach()
@@ -112,14 +111,14 @@ def test_momentum_moves_ten_times_as_far_in_the_long_run():
 
 def test_dead_share_weighs_layers_by_their_units():
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    run = train_many(Recipe(3, (6, 2), 1), x, x[:, :1], seeds=2, steps=0, lr=0.1)
+    run = train(Recipe(3, (6, 2), 1).stack(2), x, x[:, :1], steps=0, lr=0.1)
     run.dead[-1] = torch.tensor([[0.5, 0.0], [0.0, 1.0]])
-    assert dead_share(run).tolist() == pytest.approx([3 / 8, 2 / 8])
+    assert run.dead_share().tolist() == pytest.approx([3 / 8, 2 / 8])
 
 
 def test_accuracy_of_a_broken_network_is_guessing():
     split = dataset("digits").test
-    network = Recipe(64, 8, 10, depth=2).stack([0, 1])
+    network = Recipe(64, 8, 10, hidden=1).stack([0, 1])
     with torch.no_grad():
         next(network.parameters())[0] = float("nan")
     accuracy = test_accuracy(network, split)

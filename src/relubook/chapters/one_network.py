@@ -1,6 +1,5 @@
 """One network proves nothing: how often a comparison on a single seed names the wrong winner."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from relubook._optional import require
 from relubook.evidence.data import dataset
 from relubook.evidence.results import computation
 from relubook.evidence.statistics import Estimate, mean_interval
-from relubook.training.stack import Recipe
-from relubook.training.train import train_many
+from relubook.training.recipe import Recipe
+from relubook.training.train import train
 
-__all__ = ["FlippedVerdicts", "all_flips", "flipped_verdicts"]
+__all__ = ["FlippedVerdicts", "flipped_verdicts"]
 
 
 @computation(
@@ -30,13 +29,12 @@ def one_network(
 ) -> Mapping[str, Any]:
     """Train small networks on the digits; return test accuracy and dead share by seed."""
     digits = dataset("digits")
-    recipe = Recipe(
-        digits.train.x.shape[1], (32,) * 4, digits.classes,
-        activation=activation, normalization=normalization,
-    )  # fmt: skip
-    run = train_many(
-        recipe, digits.train.x, digits.train.y, seeds=seeds, steps=300, lr=lr, batch_size=64,
-        record=[], validation=(digits.test.x, digits.test.y), chunk=250,
+    kinds = {"activation": activation, "normalization": normalization}
+    stack = Recipe(digits.features, 32, digits.classes, hidden=4, **kinds).stack(seeds)
+    held_out = (digits.test.x, digits.test.y)
+    run = train(
+        stack, digits.train.x, digits.train.y, steps=300, lr=lr, batch_size=64, record=[],
+        validation=held_out,
     )  # fmt: skip
     return {"accuracy": run.validation_accuracy[-1], "dead": run.dead[-1].mean(1)}
 
@@ -97,11 +95,3 @@ def flipped_verdicts(first: Sequence[float], second: Sequence[float]) -> Flipped
         ties=float((apart[off] == 0).mean()),
         needed=needed,
     )
-
-
-def all_flips(table: Mapping[str, Sequence[float]]) -> dict[tuple[str, str], FlippedVerdicts]:
-    """Apply :func:`flipped_verdicts` to each two remedies of a table."""
-    return {
-        (one, two): flipped_verdicts(table[one], table[two])
-        for one, two in itertools.combinations(table, 2)
-    }

@@ -6,22 +6,24 @@ targets of smaller and smaller spread, a single ReLU beside a network).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from relubook.evidence.data import Split, dataset
 from relubook.evidence.results import computation
-from relubook.training.stack import Recipe, StackedNetwork
-from relubook.training.train import TrainingRun, train_many
+from relubook.training.recipe import Recipe
+from relubook.training.stack import Stack
+from relubook.training.train import TrainingRun, train
 
 __all__ = [
     "MAP_OPTIMIZERS",
     "MAP_RATES",
-    "dead_share",
     "matched_rate",
     "optimizer_map",
     "target_scale",
@@ -31,16 +33,16 @@ __all__ = [
     "train_single_relu",
 ]
 
-MAP_OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+MAP_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = MappingProxyType(
     {
-        "SGD": ("sgd", {}),
-        "momentum": ("sgd", {"momentum": 0.9}),
-        "Nesterov": ("sgd", {"momentum": 0.9, "nesterov": True}),
-        "Adam": ("adam", {}),
-        "RMSprop": ("rmsprop", {}),
+        "SGD": torch.optim.SGD,
+        "momentum": partial(torch.optim.SGD, momentum=0.9),
+        "Nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+        "Adam": torch.optim.Adam,
+        "RMSprop": torch.optim.RMSprop,
     }
 )
-"""The optimizers of the map: name and options for :func:`relubook.training.train.train_many`."""
+"""The optimizers of the map."""
 
 MAP_RATES = (
     0.00032, 0.00056, 0.001, 0.0018, 0.0032, 0.0056, 0.01, 0.018, 0.032, 0.056,
@@ -49,21 +51,18 @@ MAP_RATES = (
 """Four learning rates a decade, so that ten times a rate is a rate again."""
 
 
-def _optimizer(name: str) -> tuple[str, Mapping[str, Any]]:
+def _optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
     if name not in MAP_OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(MAP_OPTIMIZERS)}")
     return MAP_OPTIMIZERS[name]
 
 
 def train_digits(
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     *,
     optimizer: str,
-    lr: float | Sequence[float],
     depth: int = 3,
     width: int = 32,
-    steps: int = 300,
-    batch_size: int | None = 64,
     **settings: Any,
 ) -> TrainingRun:
     """Train networks on the digits in the map's setting: He's draw, zero biases, cross-entropy.
@@ -71,13 +70,10 @@ def train_digits(
     Args:
         seeds: One a network.
         optimizer: A key of ``MAP_OPTIMIZERS``.
-        lr: Learning rate, or one a network.
         depth: Number of linear maps; ``depth - 1`` hidden layers.
         width: Units of a hidden layer.
-        steps: Optimizer steps; 300 are 18 passes over the 1078 training digits.
-        batch_size: Examples a step.
-        **settings: Passed on to :func:`relubook.training.train.train_many`, such as ``warmup=100``,
-            ``schedule="cosine"``, ``clip=1.0`` or ``record=10``.
+        **settings: Passed on to :func:`relubook.training.train.train`: ``lr``, and what differs
+            from 300 steps, 18 passes over the 1078 training digits, of 64 examples.
 
     Returns:
         The run; its validation set is that of the digits.
@@ -85,14 +81,11 @@ def train_digits(
     Raises:
         ValueError: If there is no such optimizer.
     """
-    name, options = _optimizer(optimizer)
     digits = dataset("digits")
-    recipe = Recipe(digits.features, width, digits.classes, depth=depth)
-    return train_many(
-        recipe, digits.train.x, digits.train.y, seeds=seeds, lr=lr, steps=steps,
-        optimizer=name, batch_size=batch_size,
-        validation=(digits.validation.x, digits.validation.y), **dict(options), **settings,
-    )  # fmt: skip
+    stack = Recipe(digits.features, width, digits.classes, hidden=depth - 1).stack(seeds)
+    settings = {"steps": 300, "batch_size": 64, "optimizer": _optimizer(optimizer)} | settings
+    held_out = (digits.validation.x, digits.validation.y)
+    return train(stack, digits.train.x, digits.train.y, validation=held_out, **settings)
 
 
 def matched_rate(optimizer: str, rate: float) -> float:
@@ -119,31 +112,24 @@ def matched_rate(optimizer: str, rate: float) -> float:
 
 
 def train_diabetes(
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     *,
     optimizer: str,
-    lr: float | Sequence[float],
     target_sd: float = 1.0,
     target_mean: float = 0.0,
     depth: int = 3,
-    width: int = 32,
-    steps: int = 300,
-    batch_size: int | None = 32,
     **settings: Any,
 ) -> TrainingRun:
-    """Train networks to predict the progress of diabetes, by squared error.
+    """Train networks of 32 units a layer to predict the progress of diabetes, by squared error.
 
     Args:
         seeds: One a network.
         optimizer: A key of ``MAP_OPTIMIZERS``.
-        lr: Learning rate, or one a network.
         target_sd: Standard deviation of the targets.
         target_mean: Their mean.
         depth: Number of linear maps.
-        width: Units of a hidden layer.
-        steps: Optimizer steps; 300 are 36 passes over the 265 training patients.
-        batch_size: Examples a step.
-        **settings: Passed on to :func:`relubook.training.train.train_many`.
+        **settings: Passed on to :func:`relubook.training.train.train`: ``lr``, and what differs
+            from 300 steps, 36 passes over the 265 training patients, of 32 examples.
 
     Returns:
         The run, without a validation set.
@@ -151,24 +137,20 @@ def train_diabetes(
     Raises:
         ValueError: If there is no such optimizer.
     """
-    name, options = _optimizer(optimizer)
-    train = dataset("diabetes").train
-    recipe = Recipe(train.x.shape[1], width, 1, depth=depth)
-    return train_many(
-        recipe, train.x, target_mean + target_sd * train.y, seeds=seeds, lr=lr, steps=steps,
-        optimizer=name, batch_size=batch_size, **dict(options), **settings,
-    )  # fmt: skip
+    data = dataset("diabetes").train
+    stack = Recipe(data.x.shape[1], 32, 1, hidden=depth - 1).stack(seeds)
+    settings = {"steps": 300, "batch_size": 32, "optimizer": _optimizer(optimizer)} | settings
+    return train(stack, data.x, target_mean + target_sd * data.y, **settings)
 
 
 def _rectified_error(outputs: Tensor, y: Tensor) -> Tensor:
-    return (outputs.relu() - y).square().flatten(1).mean(1)
+    return F.mse_loss(outputs.relu(), y)
 
 
 def train_single_relu(
     seeds: Sequence[int],
     *,
     optimizer: str,
-    lr: float | Sequence[float],
     target_sd: float = 1.0,
     target_mean: float = 0.0,
     inputs: int = 10,
@@ -184,13 +166,12 @@ def train_single_relu(
     Args:
         seeds: One a unit; w starts with He's normal draw, b at 0.
         optimizer: A key of ``MAP_OPTIMIZERS``.
-        lr: Learning rate, or one a unit.
         target_sd: Standard deviation of the targets.
         target_mean: Added to every target.
         inputs: Number of input features.
         n: Number of examples.
         steps: Optimizer steps.
-        **settings: Passed on to :func:`relubook.training.train.train_many`.
+        **settings: Passed on to :func:`relubook.training.train.train`, such as ``lr``.
 
     Returns:
         The run, whose recipe is the linear map in front of the rectifier; and whether each unit
@@ -199,7 +180,7 @@ def train_single_relu(
     Raises:
         ValueError: If there is no such optimizer.
     """
-    name, options = _optimizer(optimizer)
+    chosen = _optimizer(optimizer)
     xs, ys = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -208,30 +189,15 @@ def train_single_relu(
         xs.append(x)
         ys.append(target_mean + target_sd * y / y.std())
     x, y = torch.stack(xs), torch.stack(ys)
-    run = train_many(
-        Recipe(inputs, (), 1), x, y, seeds=seeds, lr=lr, steps=steps, optimizer=name,
-        loss=_rectified_error, **dict(options), **settings,
-    )  # fmt: skip
+    stack = Recipe(inputs, (), 1).stack(seeds)
+    settings |= {"steps": steps, "optimizer": chosen, "loss": _rectified_error}
+    run = train(stack, x, y, **settings)
     with torch.no_grad():
         dead = (run.network(x) <= 0).flatten(1).all(1)
     return run, dead
 
 
-def dead_share(run: TrainingRun, at: int = -1) -> Tensor:
-    """Return each network's share of dead units among all hidden units.
-
-    Args:
-        run: A run over networks whose hidden layers may differ in width.
-        at: Index of the measurement; the last by default.
-
-    Returns:
-        Shape (M,); NaN for a network with non-finite loss or parameters.
-    """
-    widths = run.dead.new_tensor(run.recipe.hidden_widths)
-    return (run.dead[at] * widths).sum(-1) / widths.sum()
-
-
-def test_accuracy(network: StackedNetwork, split: Split) -> Tensor:
+def test_accuracy(network: Stack, split: Split) -> Tensor:
     """Return the share of a split that each member classifies rightly, shape (M,).
 
     Non-finite outputs count as class 0, which is a guess.
@@ -264,7 +230,7 @@ def optimizer_map(
     run = train_digits(seeds, optimizer=optimizer, lr=lr, depth=depth, record=[])
     digits = dataset("digits")
     return {
-        "dead": dead_share(run),
+        "dead": run.dead_share(),
         "validation": test_accuracy(run.network, digits.validation),
         "accuracy": test_accuracy(run.network, digits.test),
         "start": run.loss[0],
@@ -303,5 +269,5 @@ def target_scale(
         dead[run.diverged >= 0] = math.nan
     else:
         run = train_diabetes(seeds, **settings)
-        dead = dead_share(run)
+        dead = run.dead_share()
     return {"dead": dead, "error": run.loss[-1] / sd**2, "diverged": run.diverged >= 0}
