@@ -5,6 +5,7 @@ steps each, in one process and with one thread, so that other load on the machin
 A loaded machine still disturbs caches and clock, so it is named.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -38,7 +39,7 @@ def resnet18() -> nn.Module:
     """Build the 18-layer residual network of He et al. 2016 for 32 x 32 images, half as wide."""
     widths = (32, 64, 128, 256)
     blocks = [Block(32, 32, 1), Block(32, 32, 1)]
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         blocks += [Block(inputs, outputs, 2), Block(outputs, outputs, 1)]
     stem = (nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
@@ -105,7 +106,7 @@ def training(name: str, seconds: float) -> tuple[float, float]:
         value = ratio(trainer(build()), trainer(watched), seconds)
         while watch.step < watch.window:
             watched(x)
-    return value, watch.nbytes() / sum(site.units for site in watch.compute())
+        return value, watch.nbytes() / sum(site.units for site in watch.compute())
 
 
 def diagnosis(name: str, seconds: float) -> float:

@@ -91,9 +91,9 @@ class Reader(Hook):
         self.watch, self.site, self.dims, self.calls = watch, site, dims, calls
         # If all of several calls are the site's, they are a loop, whose length may change.
         self.loop = len(dims) == calls > 1 and len(set(dims.values())) == 1
-        # Double precision is rare: there, save the memory.
-        single = site.peak.dtype == torch.float32
-        self.now = torch.empty_like(site.peak) if single else torch.empty(0)
+        self.units = len(site.peak)
+        # A place for the peaks of one call; in double precision it would take too much memory.
+        self.now = torch.empty_like(site.peak) if site.peak.dtype == torch.float32 else None
         self.count = 0
         self.strange = False
         self.handle: Any = None
@@ -105,13 +105,13 @@ class Reader(Hook):
         dim = self.dims.get(1 if self.loop else self.count)
         if dim is None:
             return
-        x, peak = _tensor(args, output), self.site.peak
-        if x is None or x.ndim < -dim or x.shape[dim] != len(peak):
+        x = output[0] if output else args[0] if args else None
+        if not isinstance(x, Tensor) or x.ndim < -dim or x.shape[dim] != self.units:
             self.strange = True
         elif x.numel():
-            x = x.detach()
-            if dim == -1 and x.ndim == 2 and x.dtype is self.now.dtype:
-                now = torch.amax(x, 0, out=self.now)  # without the cost of a new tensor
+            x, peak = x.detach(), self.site.peak
+            if dim == -1 and x.ndim == 2 and self.now is not None and x.dtype is torch.float32:
+                now = torch.amax(x, 0, out=self.now)  # takes less time than a new tensor
             else:
                 now = channel_peak(x, dim)
             torch.maximum(peak, now, out=peak)
@@ -177,8 +177,8 @@ class Audit(SiteFinder):
 
     def _see(self, place: Place, module: nn.Module, args: Any, *output: Any) -> None:
         self.counts[place] += 1
-        x = _tensor(args, output)
-        if x is not None:
+        x = output[0] if output else args[0] if args else None
+        if isinstance(x, Tensor):
             self._seen[_address(x)].append((place, self.counts[place], x, x._version))
 
     def before(self, site: Site, x: Tensor) -> None:
@@ -198,12 +198,6 @@ class Audit(SiteFinder):
                 reading = (place, call, there)
                 break
         self.found[site.key].readings.append(reading)
-
-
-def _tensor(args: tuple[Any, ...], output: tuple[Any, ...]) -> Tensor | None:
-    """Return the tensor that a hook sees."""
-    x = output[0] if output else args[0] if args else None
-    return x if isinstance(x, Tensor) else None
 
 
 def _address(x: Tensor) -> int:

@@ -239,6 +239,10 @@ class SiteFinder(TorchDispatchMode):
         self._unplaced: dict[tuple[Any, ...], str] = {}
         self._operators: dict[Any, tuple[str, tuple[str, ...], bool]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch's wrapper would import the compiler, which takes seconds
+
     # What a subclass overrides.
 
     def before(self, site: Site, x: Tensor) -> None:

@@ -457,6 +457,7 @@ class Watch:
         """Return the bytes held for all units, without the history."""
         held = [tensor for site in self._sites.values() for tensor in (site.peak, site.dead)]
         held += [tensor for state in self._report or () for tensor in (state.peak, state.dead)]
+        held += [reader.now for reader in self._readers if reader.now is not None]
         return sum(tensor.nbytes for tensor in held)
 
 

@@ -1,0 +1,283 @@
+"""What counts as one site, which calls are rectifiers, and what data `diagnose` takes."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from relubook.units.diagnosis import diagnose
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+class Call(nn.Module):
+    """A linear layer, then a function."""
+
+    def __init__(self, function, width=4):
+        super().__init__()
+        self.fc, self.function = nn.Linear(5, width), function
+
+    def forward(self, x: Tensor, **rest) -> Tensor:
+        return self.function(self.fc(x))
+
+
+# One site, or several
+
+
+def test_modules_made_in_the_pass_do_not_split_a_site():
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner = nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            keep = [nn.ReLU(), nn.ReLU()]  # so that no address is used twice
+            x = keep[0](self.fc(x))
+            return keep[1](copy.deepcopy(self.inner)(x))
+
+    model, batches = Made(), [torch.randn(4, 5) for _ in range(6)]
+    report = diagnose(model, batches)
+    assert [site.name for site in report] == ["relu()#1", "inner.1", "relu()#2"]
+    hidden = model.fc(torch.cat(batches)).relu()
+    assert report[0].fired.tolist() == (hidden > 0).sum(0).tolist()
+    fired = (model.inner(hidden) > 0).sum(0).tolist()
+    assert report[1].fired.tolist() == report[2].fired.tolist() == fired
+
+
+def test_calls_in_a_loop_are_one_site_and_other_layers_another():
+    class Loops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.shared = nn.ReLU(), nn.Linear(5, 5)
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.act(layer(x))
+            parts = [F.relu(self.shared(part)) for part in x.split(2)]
+            return torch.cat(parts)
+
+    report = diagnose(Loops(), [torch.randn(6, 5), torch.randn(3, 5)])
+    assert [site.name for site in report] == ["act#1", "act#2", "act#3", "relu()"]
+    assert [site.producer for site in report] == ["layers.0", "layers.1", "layers.2", "shared"]
+    assert [site.calls for site in report] == [2, 2, 2, 3 + 2]
+    assert all((site.inputs, site.observations) == (9, 9) for site in report)
+    assert all(torch.equal(site.fired, site.fired_inputs) for site in report)
+
+
+def test_sites_of_one_name_are_listed_in_order():
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x[0, 0] > 0:
+                x = F.relu(self.fc(x))
+            return F.relu(self.fc(x))
+
+    x = torch.randn(4, 5)
+    x[0, 0] = -1
+    y = x.clone()
+    y[0, 0] = 1
+    report = diagnose(Branch(), [x, y])
+    assert [site.name for site in report] == ["relu()#1", "relu()#2"]
+
+
+def test_inputs_are_told_apart_through_indexing():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            up = self.up(x)
+            return F.relu(up[x[..., 0] > 0])
+
+    x = torch.randn(6, 5, 4)
+    model = Experts()
+    site = diagnose(model, [x])[0]
+    chosen, fires = x[..., :1] > 0, model.up(x) > 0
+    assert site.inputs == int(chosen.any((1, 2)).sum())
+    assert site.fired_inputs.tolist() == (fires & chosen).any(1).sum(0).tolist()
+
+
+def test_a_site_that_depends_on_no_input_has_one():
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.mix = nn.Linear(1, 6), nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(len(x)).float()[:, None]
+            return F.relu(self.mix(x)) + F.relu(self.fc(places))
+
+    report = diagnose(Table(), [torch.randn(7, 5)] * 3)
+    assert [site.inputs for site in report] == [21, 1]
+    assert report[1].observations == 21
+    assert int(report[1].fired_inputs.max()) == 1
+    assert "Independent of the inputs, so n = 1: relu()#2" in repr(report)
+
+
+# Which calls are rectifiers
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.fmax(x, torch.zeros(())),
+        lambda x: torch.fmax(torch.zeros_like(x), x),
+        lambda x: F.leaky_relu(x, 0),
+        nn.LeakyReLU(0),
+    ],
+)
+def test_other_spellings_of_the_rectifier(function):
+    model, x = Call(function), torch.randn(9, 5)
+    site = diagnose(model, [x])[0]
+    assert site.kind == "relu"
+    assert site.fired.tolist() == (model.fc(x) > 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "reference"),
+    [
+        ("hardsigmoid", F.hardsigmoid, lambda x: min(max(x + 3, 0), 6) / 6),
+        ("hardshrink", F.hardshrink, lambda x: x if abs(x) > 0.5 else 0),
+        ("softshrink", nn.Softshrink(), lambda x: math.copysign(max(abs(x) - 0.5, 0), x)),
+    ],
+)
+def test_other_kinds_are_silent_where_their_output_is_zero(kind, function, reference):
+    model, x = Call(function), 4 * torch.randn(40, 5)
+    site = diagnose(model, [x])[0]
+    expected = [sum(reference(v) != 0 for v in unit) for unit in model.fc(x).T.tolist()]
+    assert (site.kind, site.fired.tolist()) == (kind, expected)
+    assert 0 < sum(expected) < site.observations * site.units
+
+
+def test_members_computed_by_arithmetic_are_found_by_their_modules():
+    class NewGELUActivation(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
+
+    class QuickGELUActivation(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(1.702 * x)
+
+    layers = (nn.Linear(5, 4), NewGELUActivation(), nn.Linear(4, 3), QuickGELUActivation())
+    model, x = nn.Sequential(*layers, nn.ReLU()), torch.randn(6, 5)
+    report = diagnose(model, [x], family="all")
+    assert [(site.name, site.kind) for site in report] == [
+        ("1", "gelu_new"),
+        ("3", "quick_gelu"),
+        ("4", "relu"),
+    ]
+    assert report[0].fired.tolist() == (model[0](x) > 0).sum(0).tolist()
+    assert "gelu_new (1 calls), quick_gelu (1 calls)" in repr(diagnose(model, [x]))
+
+
+def test_operators_of_other_libraries_are_not_taken_for_torchs():
+    with torch.library._scoped_library("relubook_test", "FRAGMENT") as library:
+        library.define("relu(Tensor x, float scale) -> Tensor")
+        library.define("permute(Tensor x) -> Tensor")
+        library.impl("relu", lambda x, scale: scale * x, "CPU")
+        library.impl("permute", lambda x: x.flip(0), "CPU")
+        ours = torch.ops.relubook_test
+        model = nn.Sequential(Call(lambda x: ours.permute(ours.relu(x, 2.0))), nn.ReLU())
+        report = diagnose(model, [torch.randn(6, 5)])
+    assert [site.name for site in report] == ["1"]
+    assert report[0].units == 4
+
+
+# Data
+
+
+def test_data_that_would_be_miscounted_are_refused():
+    model, x, y = Call(F.relu), torch.randn(6, 5), torch.randn(6, 5)
+    with pytest.raises(TypeError, match="wrap it in a DataLoader"):
+        diagnose(model, TensorDataset(x, y))
+    assert diagnose(model, DataLoader(TensorDataset(x, y), batch_size=4)).inputs == 6
+    for data in ((x, y), (x, torch.zeros(6).long()), [x, torch.zeros(6)]):
+        with pytest.raises(TypeError, match=r"wrap it: \[\(x, y\)\]"):
+            diagnose(model, data)
+    assert diagnose(model, [(x, y)]).inputs == 6
+    assert diagnose(model, x.split(2)).inputs == diagnose(model, [x[:3], x[3:]]).inputs == 6
+
+
+def test_arrays_and_tensors_without_values_are_refused():
+    model, x = Call(F.relu), torch.randn(6, 5)
+    with pytest.raises(TypeError, match=r"ndarray, not a tensor: convert it by torch\.as_tensor"):
+        diagnose(model, x.numpy())
+    with pytest.raises(TypeError, match=r"ndarray.*convert it by torch\.as_tensor"):
+        diagnose(model, [np.zeros((2, 5))])
+    with pytest.raises(ValueError, match="batch 1 is on the meta device"):
+        diagnose(model, [x, x.to("meta")])
+    with pytest.raises(ValueError, match=r"fc\.weight is on the meta device"):
+        diagnose(copy.deepcopy(model).to("meta"), [x])
+
+
+def test_a_key_that_the_model_does_not_take_is_named():
+    model, x = nn.Sequential(Call(F.relu), nn.Identity()), torch.randn(6, 5)
+    with pytest.raises(TypeError, match=r"batch 0 holds 'input', 'label'.*'label'; pass forward="):
+        diagnose(model, [{"input": x, "label": torch.zeros(6)}])
+
+
+def test_a_row_for_all_inputs_does_not_hide_their_number():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+        def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+            return F.relu(self.words(ids) + self.places(places))
+
+    batch = {"ids": torch.randint(9, (6, 3)), "places": torch.arange(3)[None]}
+    site = diagnose(Positions(), [batch])[0]
+    assert (site.inputs, site.observations, site.units) == (6, 18, 4)
+    assert site.fired_inputs is not None
+
+
+def test_sparse_tensors_in_a_batch():
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
+            return F.relu(torch.sparse.mm(edges, self.fc(nodes)))
+
+    dense = (torch.rand(6, 6) > 0.5).float()
+    nodes, model = torch.randn(6, 5), Graph()
+    site = diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])[0]
+    assert site.fired.tolist() == (dense @ model.fc(nodes) > 0).sum(0).tolist()
+    dense[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])
+
+
+def test_sites_by_place():
+    report = diagnose(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.ReLU6()), [torch.randn(2, 5)])
+    assert report[0] is report["1"]
+    assert report[-1] is report["2"]
+    with pytest.raises(IndexError):
+        report[2]
+
+
+def test_the_first_call_does_not_load_the_compiler():
+    code = (
+        "import sys, torch; from torch import nn; from relubook import diagnose;"
+        "diagnose(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [torch.zeros(1, 2)]);"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
