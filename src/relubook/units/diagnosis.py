@@ -216,6 +216,8 @@ class Report(SiteListing[SiteReport]):
         batches: Number of batches it saw.
         skipped: Indices of batches that were left out because they held NaN or infinity.
         notes: What could not be seen, or was left out on purpose, in words.
+        example: The input of the first batch, as it was given, on which
+            :func:`relubook.units.revival.revive_` runs the model; None with ``forward=``.
     """
 
     sites: list[SiteReport]
@@ -223,6 +225,7 @@ class Report(SiteListing[SiteReport]):
     batches: int = 0
     skipped: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    example: Any = None
 
     @property
     def dead_fraction(self) -> float:
@@ -661,7 +664,7 @@ def diagnose(
     inner = unwrapped(model)
     skipped: list[int] = []
     inputs = done = 0
-    index = -1
+    index, example = -1, None
     with undisturbed(model):
         if mode is not None:
             model.train(mode == "train")
@@ -679,6 +682,7 @@ def diagnose(
                 if bad:
                     skipped.append(index)
                     continue
+                example = given if forward is None and not done else example
                 if target is not None:
                     given = _moved(given, target)
                 counter.begin(size, given)
@@ -718,6 +722,7 @@ def diagnose(
         done,
         skipped,
         _notes(counter, family),
+        example,
     )
 
 
