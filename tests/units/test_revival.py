@@ -525,7 +525,8 @@ LEFT = {
     "sum": (Residual, "inner", "reach add"),
     "behind a sum": (lambda: BehindSum(False), "fc", "^a sum .* lies between"),
     "behind a sum, function": (lambda: BehindSum(True), "fc", "^a sum .* lies between"),
-    "behind a sum, norm": (lambda: BehindSum(True, nn.BatchNorm1d(4)), "norm", "^a sum .* lies between"),
+    "behind a sum, norm": (
+        lambda: BehindSum(True, nn.BatchNorm1d(4)), "norm", "^a sum .* lies between"),
     "Conv1D": (lambda: chain(nn.ReLU(), nn.Linear(4, 4), first=Conv1D(4, 4)), "fc",
                "'fc' is a Conv1D; linear layers"),
     "next Conv1D": (lambda: chain(nn.ReLU(), Conv1D(4, 4)), "fc", "'m1' .Conv1D., which may mix"),

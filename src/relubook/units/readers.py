@@ -93,9 +93,7 @@ def run(model: nn.Module, batch: Any) -> Any:
     inputs = batch[0] if type(batch) in (tuple, list) else batch
     device = next((p.device for p in model.parameters()), None)
     if isinstance(inputs, Mapping):
-        return model(
-            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        )
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
     return model(inputs.to(device) if hasattr(inputs, "to") else inputs)
 
 
@@ -198,16 +196,6 @@ def _digest(x: Tensor, dim: int | None = None) -> Tensor:
     return torch.stack([(x.sin() * weights).sum(1), x.amin(1), x.amax(1)]).cpu()
 
 
-def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a hook's own calls from :class:`_Functions`."""
-
-    def wrapped(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return hook(*args)
-
-    return wrapped
-
-
 class _Functions(TorchFunctionMode):
     """Tell of every torch function that returns tensors."""
 
@@ -231,52 +219,79 @@ class _Probe:
         self.batches = (batch, tree_map_only(Tensor, _jittered, batch))
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.names = {id(module): name for name, module in self.modules.items()}
+        self.inside: list[str] = []
         self.plans: list[Plan] = []
         self.calls: Counter[str] = Counter()
-        self.feeds: dict[str, str | None] = {}
+        self.feeds: dict[str, str] = {}
         self.between: dict[str, str] = {}
         self.outside: set[int] = set()
         self.nonfinite: set[str] = set()
         self._run_as_it_is()
 
+    def _run(
+        self,
+        enter: Callable[[str, Any, list[Tensor]], None],
+        leave: Callable[[str, Any, Any], Any],
+        tell: Callable[[str, list[Tensor], list[Tensor]], None] | None = None,
+        noise: int = 0,
+        training: bool = False,
+    ) -> Any:
+        """Run the model with hooks on either side of every module; ``tell`` hears no hook."""
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.inside.append(self.names[id(module)])
+            with torch._C.DisableTorchFunction():
+                enter(self.inside[-1], module, tensors_of([args, kwargs]))
+
+        def after(module: nn.Module, args: Any, out: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                return leave(self.inside.pop(), module, out)
+
+        self.inside = []
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            for module in self.modules.values():
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+            self.model.train(training)
+            if tell is not None:
+                stack.enter_context(_Functions(tell))
+            return run(self.model, self.batches[noise])
+
     def _run_as_it_is(self) -> None:
         """See how often modules are called, what feeds norms, and what is used outside modules."""
-        stack: list[nn.Module] = []
 
-        def enter(module: nn.Module, args: Any) -> None:
-            stack.append(module)
-            name = self.names[id(module)]
+        def enter(name: str, module: Any, given: list[Tensor]) -> None:
             self.calls[name] += 1
-            self.feeds[name] = getattr(args[0], "_made_by", None) if args else None
+            self.feeds[name] = getattr(given[0], "_made_by", "something") if given else ""
 
-        def leave(module: nn.Module, args: Any, out: Any) -> None:
-            stack.pop()
+        def leave(name: str, module: Any, out: Any) -> None:
             if isinstance(module, _LAYERS):
-                out._made_by = self.names[id(module)]
+                out._made_by = name
                 if not bool(out.isfinite().all()):
-                    self.nonfinite.add(self.names[id(module)])
+                    self.nonfinite.add(name)
 
         def tell(function: str, given: list[Tensor], results: list[Tensor]) -> None:
-            owner = stack[-1] if stack else self.model
-            name = self.names[id(owner)]
+            name = self.inside[-1] if self.inside else ""
+            own = {id(p) for p in self.modules[name]._parameters.values()}
             for t in given:
                 if hasattr(t, "_made_by"):
                     self.between[name] = self.between[f"{name}.{function}()"] = t._made_by
-                own = any(t is p for p in owner._parameters.values())
-                if isinstance(t, nn.Parameter) and not own:
+                if isinstance(t, nn.Parameter) and id(t) not in own:
                     self.outside.add(id(t))
             is_sum = function in _SUMS and len({t.shape for t in given}) < len(given)
             for t in results if "dropout" not in function else []:
-                t._made_by = _SUM if is_sum else _label(name, owner, function)  # type: ignore[attr-defined]
+                t._made_by = _SUM if is_sum else self._label(function)  # type: ignore[attr-defined]
 
-        with ExitStack() as stack_:
-            stack_.enter_context(undisturbed(self.model))
-            for module in self.modules.values():
-                stack_.callback(module.register_forward_pre_hook(enter).remove)
-                stack_.callback(module.register_forward_hook(leave).remove)
-            self.model.eval()
-            with _Functions(tell):
-                run(self.model, self.batches[0])
+        self._run(enter, leave, tell)
+
+    def _label(self, function: str) -> str:
+        """What to call a function to the reader: by its module where that holds no other."""
+        name = self.inside[-1] if self.inside else ""
+        module = self.modules[name]
+        if name and not list(module.children()):
+            return f"{name!r} ({type(module).__name__})"
+        return f"{function}(), a sum" if function in _SUMS else f"{function}()"
 
     def observe(
         self,
@@ -288,78 +303,48 @@ class _Probe:
         training: bool = False,
         functions: bool = False,
     ) -> _Pass:
-        """Run once; dead units are silent, except those of ``on``.
+        """Run once with noise number 0 or 1, and with all dead units silent but those of ``on``.
 
-        Args:
-            noise: Which noise to use.
-            on: Plans whose units fire.
-            shifted: Plans whose units are silent in another way.
-            gated: Plans whose gates are shut.
-            training: Whether to run in training mode.
-            functions: Whether to see each function's results too.
+        Those of ``shifted`` are silent in another way, and the gates of ``gated`` are shut.
         """
         seen = _Pass()
         calls: Counter[str] = Counter()
-        names: list[str] = []
         sources = {id(plan.source[1]): plan for plan in self.plans}
-        moved = {id(plan.layer): plan for plan in shifted if plan.before}
+        sources |= {id(plan.layer): plan for plan in shifted}
         gates = {id(s.module): s for plan in gated for s in plan.sinks if s.is_gate}
 
-        @_unseen
-        def enter(module: Any, args: Any, kwargs: Any) -> None:
-            name = self.names[id(module)]
-            names.append(name)
-            for t in tensors_of([args, kwargs])[: 1 if isinstance(module, _LAYERS) else None]:
-                if self._is_read(module):
-                    channels = isinstance(module, (*_LAYERS, *_NORMS))
-                    key = name, calls[name]
-                    seen.reads[key] = _digest(t, unit_dim(module) if channels else None)
+        def enter(name: str, module: Any, given: list[Tensor]) -> None:
+            if self._is_read(module):
+                channels = isinstance(module, (*_LAYERS, *_NORMS))
+                for t in given[:1] if channels else given:
+                    seen.reads[name, calls[name]] = _digest(
+                        t, unit_dim(module) if channels else None
+                    )
                     calls[name] += 1
 
-        @_unseen
-        def leave(module: Any, args: Any, out: Any) -> Any:
-            name = self.names[id(module)]
-            names.pop()
-            plan = sources.get(id(module))
+        def leave(name: str, module: Any, out: Any) -> Any:
+            plan, gate = sources.get(id(module)), gates.get(id(module))
             if plan is None and isinstance(module, _NORMS):
                 seen.returns[name] = _digest(out, 1)
-                gate = gates.get(id(module))
                 if gate is not None:
-                    at = gate.columns.nonzero().flatten().to(out.device)
-                    out = out.index_copy(1, at, _like(out, gate.constant[gate.columns], at, 1))
+                    out = _set(out, 1, gate.columns.nonzero(), gate.constant[gate.columns])
                 return out
             if plan is None and not self._is_read(module):
                 return out
             seed = 2 * list(self.modules).index(name)
             out = tree_map_only(Tensor, lambda t: _noise(t, seed + noise), out)
-            if plan is None and id(module) in moved:
-                plan = moved[id(module)]
             if plan is not None:
-                at, dim = plan.units.to(out.device), unit_dim(module)
-                level = -2000.0 if plan in shifted else -1000.0
-                levels = torch.full((len(at),), level)
+                levels = torch.full((len(plan.units),), -2000.0 if plan in shifted else -1000.0)
                 if plan in on:
-                    levels = 1000.0 + 1000.0 * torch.rand(len(at), generator=_seeded(seed))
-                out = out.index_copy(dim, at, _like(out, levels, at, dim))
+                    levels = 1000.0 * (1 + torch.rand(len(levels), generator=_seeded(seed)))
+                out = _set(out, unit_dim(module), plan.units, levels)
             return out
 
         def tell(function: str, given: list[Tensor], results: list[Tensor]) -> None:
-            owner = self.modules[names[-1]] if names else self.model
-            label = _label(names[-1] if names else "", owner, function)
             total = sum((_digest(t)[0, 0] for t in results), torch.zeros(()))
-            seen.functions.append((label, total))
+            seen.functions.append((self._label(function), total))
 
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(self.model))
-            for module in self.modules.values():
-                stack.callback(
-                    module.register_forward_pre_hook(enter, with_kwargs=True).remove
-                )
-                stack.callback(module.register_forward_hook(leave).remove)
-            self.model.train(training)
-            if functions:
-                stack.enter_context(_Functions(tell))
-            out = run(self.model, self.batches[noise])
+        out = self._run(enter, leave, tell if functions else None, noise, training)
         for i, t in enumerate(tensors_of(out)):
             seen.reads[None, i] = _digest(t)
         return seen
@@ -388,9 +373,9 @@ class _Probe:
         module, before = self.modules[name], None
         if isinstance(module, _NORMS):
             self._check(name, _NORMS)
-            fed = self.feeds.get(name)
+            fed = self.feeds[name]
             if fed not in self.modules:
-                raise Unpaired(f"{fed or 'something'} lies between {name!r} and the layers")
+                raise Unpaired(f"{fed} lies between {name!r} and the layers")
             before, name = (name, module), fed
             module = self.modules[name]
         self._check(name, _LAYERS)
@@ -429,7 +414,7 @@ class _Probe:
             if id(parameter) in self.outside:
                 raise Unpaired(f"{name!r} is also used outside of its layer")
             for other, twin in everything:
-                if other != name and _overlap(parameter, twin):
+                if other != name and parameter.data_ptr() == twin.data_ptr():
                     raise Unpaired(f"{name!r} shares its memory with {other!r}")
 
     def find_sinks(self, plans: list[Plan]) -> list[tuple[Plan, str]]:
@@ -472,20 +457,19 @@ class _Probe:
         given = {s.name: s for s in plan.sinks}
         sinks = []
         touched = self.off.changed(self.observe(on=[plan], gated=[plan]))
-        known = torch.zeros(1)
-        for (name, _), columns in touched.items():
-            if name in self.off.returns:
-                known = torch.cat([known, _constant(self.off.returns[name], columns)[0].float()])
+        passed = [(self.off.returns.get(str(name)), at) for (name, _), at in touched.items()]
+        known = torch.cat(
+            [torch.zeros(1)] + [_constant(r, c)[0] for r, c in passed if r is not None]
+        )
         for (name, call), columns in touched.items():
-            module = self.modules.get(name) if name is not None else None
-            if name in given:
-                sinks.append(given[name])
-            if isinstance(module, _NORMS):
-                continue
             if name is None:
                 raise Unpaired(
                     self._mixer(plan) or "its units are the model's output: they have no next layer"
                 )
+            module = self.modules[name]
+            if isinstance(module, _NORMS):
+                sinks += [given[name]] if name in given else []
+                continue
             if not isinstance(module, _LAYERS):
                 raise Unpaired(
                     f"its units reach {name!r} ({type(module).__name__}), which may mix them with "
@@ -497,7 +481,8 @@ class _Probe:
                     self._mixer(plan) or f"its units reach {name!r} together with others"
                 )
             constant, even = _constant(self.off.reads[name, call], columns)
-            even &= bool(torch.isin(constant[columns].float(), known).all())
+            gaps = (constant[columns, None] - known).abs().amin(1)
+            even &= bool((gaps <= 1e-6 * constant[columns].abs()).all())
             if bool((constant != 0).any()) or not even:
                 behind = f"its units, while silent, are not 0 to {name!r}"
                 if module.bias is None:
@@ -514,14 +499,13 @@ class _Probe:
         plan.sinks = []
         gates = []
         for (name, _), columns in self.off.changed(self.observe(on=[plan])).items():
-            norm = self.modules.get(name) if name is not None else None
-            if not is_plain(norm, _NORMS) or norm._parameters.get("weight") is None:
+            norm: Any = None if name is None else self.modules[name]
+            if name is None or not is_plain(norm, _NORMS) or self.calls[name] != 1:
                 continue
-            mine, its = self.off.returns[str(name)], self.other.returns[str(name)]
-            constant, even = _constant(mine, columns)
-            same = torch.equal(mine[:, columns], its[:, columns])
-            if self.calls[str(name)] == 1 and even and same:
-                gates.append(Sink(str(name), norm, columns, constant))
+            mine, its = self.off.returns[name][:, columns], self.other.returns[name][:, columns]
+            constant, even = _constant(self.off.returns[name], columns)
+            if even and torch.equal(mine, its) and norm._parameters.get("weight") is not None:
+                gates.append(Sink(name, norm, columns, constant))
         return gates
 
     def check_training(self, plans: list[Plan]) -> list[tuple[Plan, str]]:
@@ -529,7 +513,6 @@ class _Probe:
 
         def strays(plans: list[Plan]) -> bool:
             known = {s.name for plan in plans for s in plan.sinks}
-            known |= {plan.before[0] for plan in plans if plan.before}
             known |= {n for n, m in self.modules.items() if isinstance(m, _NORMS)}
             off = self.observe(gated=plans, training=True)
             on = self.observe(on=plans, gated=plans, training=True)
@@ -552,13 +535,6 @@ class _Probe:
             if not abs((b - a) - (d - c)) < 1e-6:
                 return f"its units reach {label}, which may mix them with others"
         return None
-
-
-def _label(name: str, owner: nn.Module, function: str) -> str:
-    """What to call a function to the reader: by its module where that holds no other."""
-    if name and not list(owner.children()):
-        return f"{name!r} ({type(owner).__name__})"
-    return f"{function}(), a sum" if function in _SUMS else f"{function}()"
 
 
 def is_plain(module: Any, kinds: tuple[type, ...]) -> bool:
@@ -597,19 +573,9 @@ def _jittered(t: Tensor) -> Tensor:
     return t + 0.1 * size * _noise(t, 1)
 
 
-def _like(out: Tensor, values: Tensor, at: Tensor, dim: int) -> Tensor:
-    """One value for each of some slices, in the shape of these slices."""
-    slices = out.index_select(dim, at).movedim(dim, -1)
-    return values.to(out).expand(slices.shape).movedim(-1, dim)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.device != b.device or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (start, stop), (other_start, other_stop) = _extent(a), _extent(b)
-    return start < other_stop and other_start < stop
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-    return t.data_ptr(), t.data_ptr() + (span * t.element_size() if t.numel() else 0)
+def _set(out: Tensor, dim: int, at: Tensor, values: Tensor) -> Tensor:
+    """A copy with one value for each of some slices along a dimension."""
+    changed = out.clone()
+    slices = changed.movedim(dim, -1)
+    slices[..., at.flatten().to(out.device)] = values.to(out)
+    return changed
