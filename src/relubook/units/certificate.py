@@ -30,7 +30,7 @@ from relubook.units.report import SiteListing, plain_table
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
 
 
-_Kinds = tuple[type[nn.Module], ...]
+_Kinds = tuple[Any, ...]
 
 
 def _kinds(*names: str) -> _Kinds:

@@ -18,8 +18,6 @@ weights to zero, so that nobody notices until they have learned what to do with 
 (3, 0)
 >>> bool(torch.equal(before, model(x)))
 True
-
-The proof that a unit is silent on a whole box of inputs is in :mod:`relubook.units.certificate`.
 """
 
 import hashlib
@@ -32,7 +30,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from relubook.units.readers import TRANSPOSED, Plan, find_readers, run, tensors_of, unit_dim
+from relubook.units.passes import TRANSPOSED, Plan, run, tensors_of, unit_dim
+from relubook.units.readers import find_readers
 from relubook.units.report import plain_table
 from relubook.units.sites import undisturbed, unwrapped
 
@@ -143,48 +142,43 @@ def revive_(
     flipped). Its outgoing weights become 0. This is the repair of ReDo (Sokar et al. 2023,
     arXiv 2302.12902), applied to dead instead of dormant units.
 
-    **What stays.** With the model in evaluation mode its output is the same on every input on
-    which all revived units were silent, so on all of the data the report rests on; on an input
-    where one of them fired, that unit's contribution is lost. The same means bit for bit, or up to
-    rounding where a batch norm stands behind the rectifier. Such a norm turns the silent unit's 0
-    into a constant c, and the next layer's bias takes over c times the outgoing weights. Where
-    that would be inexact (a zero-padded convolution sees no c at the border, a layer has no bias)
-    the norm's scale is set to 0 and its shift to c instead, and the outgoing weights stay: the
-    repr lists it as "scale of". In training mode a batch norm behind the rectifier uses the
-    batch's statistics, and there the function can change by what running and batch mean differ.
+    **What stays.** In evaluation mode the output is the same on every input on which all revived
+    units were silent, so on all of the data the report rests on: bit for bit, or up to rounding
+    where a batch norm stands behind the rectifier. Such a norm turns the silent unit's 0 into a
+    constant c, and the next layer's bias takes over c times the outgoing weights. Where that would
+    be inexact (a zero-padded convolution sees no c at the border, a layer has no bias) the norm's
+    scale is set to 0 and its shift to c instead, and the outgoing weights stay: the repr lists it
+    as "scale of". In training mode such a norm uses the batch's statistics, and there the function
+    can change by what running and batch mean differ.
 
     **The promise is verified.** The outputs on the batch must be the same before and after, with
     all of the model's own hooks in place. A site whose repair moves them is put back and listed.
 
     **Which layers come next** is observed in a few passes with noise in place of the layers'
-    outputs, in evaluation and in training mode, on the path that the batch takes. Units are
-    followed through whatever keeps them apart: dropout, pooling, flattening, batch and instance
-    norm, concatenation, several branches. Left untouched, and listed with the reason: sums
-    (residual connections), layer norm and everything else that mixes units; layers that are
-    neither linear nor convolutions, are called more than once, share a weight with another layer,
-    carry a parametrization (weight norm, pruning), or are frozen (``requires_grad`` False).
+    outputs, in evaluation and in training mode, on the path that the batch takes. Left untouched,
+    and listed with the reason: sums (residual connections), layer norm and everything else that
+    mixes units; layers that are neither linear nor convolutions, are called more than once, share
+    a weight, carry a parametrization, or are frozen (``requires_grad`` False).
 
-    **How they learn.** With zero outgoing weights the fresh incoming ones get a gradient of
-    exactly zero in the first step, while the outgoing ones (or the scale) do not; from the second
-    step on both learn. Call it between steps: gradients stored from before are not touched.
+    **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
+    that is not zero; from the second step on the fresh incoming ones learn too. Call it between
+    steps: gradients stored from before are not touched.
 
-    **The optimizer.** For the fresh and the zeroed entries, and for no others, the state starts
-    anew: running averages of the gradient (``momentum_buffer``, ``exp_avg``, ...) become 0. Adam's
-    step count belongs to the whole tensor and is kept, so its bias correction no longer acts: with
-    second moments of 0 too, the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the
-    learning rate, and it rises to 6.6 times for a steady gradient (10 times for RMSprop). On
-    outgoing weights such steps disturb the function; on incoming ones, whose gradients start near
-    zero, they are what makes the unit learn soon. Hence the choice for the second moments
-    (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``, ``exp_inf``, Adagrad's ``sum``):
+    **The optimizer.** For the fresh and the zeroed entries, and for no others, running averages of
+    the gradient (``momentum_buffer``, ``exp_avg``, ...) become 0. Adam's step count belongs to the
+    whole tensor and is kept, so its bias correction no longer acts: with second moments of 0 too,
+    the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and it rises
+    to 6.6 times for a steady gradient (10 times for RMSprop). On outgoing weights such steps
+    disturb the function; on incoming ones they are what makes the unit learn soon. Hence the
+    choice for the second moments (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
 
     - "mixed": outgoing entries get the mean over the other entries of the same tensor, so that
       they move like their neighbors; incoming entries start at 0.
     - "zero": all start at 0. "mean": all get the mean; the unit then hardly learns for about
       1 / (1 - beta2) steps.
 
-    Rprop's step sizes and Adagrad's initial accumulator return to the optimizer's own start,
-    ASGD's average to the new value. State that is not kept per entry (Adafactor's rows and
-    columns) is not touched.
+    Rprop's step sizes and Adagrad's accumulator return to the optimizer's own start, ASGD's average
+    to the new value. State that is not kept per entry (Adafactor's) is not touched.
 
     Args:
         model: The model, changed in place. Its mode, hooks, buffers and gradients stay as they
@@ -261,14 +255,14 @@ _MOVED = (
 
 def _change(plan: Plan, silent: int) -> Change:
     return Change(
-        plan.site,
-        plan.producer,
-        plan.units,
-        plan.before[0] if plan.before else None,
-        tuple(s.name for s in plan.sinks if not s.is_gate),
-        tuple(s.name for s in plan.sinks if s.is_folded),
-        tuple(s.name for s in plan.sinks if s.is_gate),
-        silent,
+        site=plan.site,
+        producer=plan.producer,
+        units=plan.units,
+        before=plan.before[0] if plan.before else None,
+        consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
+        folded=tuple(s.name for s in plan.sinks if s.is_folded),
+        gates=tuple(s.name for s in plan.sinks if s.is_gate),
+        silent=silent,
     )
 
 
@@ -313,9 +307,9 @@ class _Repair:
     def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[int] | None:
         """Repair sites and say how many units stay silent; put all back if the outputs move."""
         transaction, start = _Transaction(), self.generator.get_state()
-        silent = None
-        try:
-            with torch.no_grad():
+        done = False
+        with torch.no_grad():
+            try:
                 before = tensors_of(self.run())
                 for plan in plans:
                     _cut_outgoing(plan, transaction)
@@ -323,18 +317,14 @@ class _Repair:
                     _draw_incoming(plan, transaction, self.init, self.generator)
                 self.center(plans, transaction)
                 silent = self.verify(plans, before)
-                if silent is not None and keep and self.optimizer is not None:
+                if keep and silent is not None:
                     _reset_state(self.optimizer, self.optimizer_state, transaction)
-                keep = keep and silent is not None
-        except BaseException:
-            keep = False
-            raise
-        finally:
-            if not keep:
-                with torch.no_grad():
+                    done = True
+                return silent
+            finally:
+                if not done:
                     transaction.put_back()
-                self.generator.set_state(start)
-        return silent
+                    self.generator.set_state(start)
 
     def run(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> Any:
         """Run the model on the batch in evaluation mode."""
@@ -498,8 +488,10 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
 
 
 def _reset_state(
-    optimizer: torch.optim.Optimizer, second: OptimizerState, transaction: _Transaction
+    optimizer: torch.optim.Optimizer | None, second: OptimizerState, transaction: _Transaction
 ) -> None:
+    if optimizer is None:
+        return
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for parameter, fresh, outgoing in transaction.fresh.values():
         if parameter not in optimizer.state:
