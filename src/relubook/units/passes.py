@@ -102,6 +102,17 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_of(v)] if isinstance(value, list | tuple) else []
 
 
+def is_same(before: Tensor, after: Tensor) -> bool:
+    """Whether two outputs are equal up to what rounding in a bias may do to them."""
+    if before.shape != after.shape:
+        return False
+    if not before.is_floating_point():
+        return torch.equal(before, after)
+    size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
+    tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
+    return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
 def unit_dim(module: Any) -> int:
     """The dimension of a module's output along which its units lie."""
     if isinstance(module, nn.Linear):
@@ -145,7 +156,7 @@ def _digest(x: Tensor, dim: int | None = None) -> Tensor:
     if not x.numel():
         return torch.zeros(3, len(x), dtype=x.dtype)
     weights = torch.linspace(1, 2, x.shape[1], dtype=x.dtype, device=x.device)
-    return torch.stack([(x.sin() * weights).sum(1), x.amin(1), x.amax(1)]).cpu()
+    return torch.stack([(x * (x + 1) * weights).sum(1), x.amin(1), x.amax(1)]).cpu()
 
 
 class _Functions(TorchFunctionMode):

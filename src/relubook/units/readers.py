@@ -237,7 +237,8 @@ class _Search(Passes):
             for on in ([], [plan])
         ]
         for (label, a), (_, b), (_, c), (_, d) in zip(*passes, strict=False):
-            if not abs((b - a) - (d - c)) < 1e-6:
+            rounding = 1e-6 + 1e-12 * max(abs(a), abs(b), abs(c), abs(d))
+            if not abs((b - a) - (d - c)) <= rounding:
                 return f"its units reach {label}, which may mix them with others"
         return None
 

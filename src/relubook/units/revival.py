@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from relubook.units.passes import TRANSPOSED, Plan, run, tensors_of, unit_dim
+from relubook.units.passes import TRANSPOSED, Plan, is_same, run, tensors_of, unit_dim
 from relubook.units.readers import find_readers
 from relubook.units.report import plain_table
 from relubook.units.sites import undisturbed, unwrapped
@@ -177,8 +177,7 @@ def revive_(
     - "zero": all start at 0. "mean": all get the mean; the unit then hardly learns for about
       1 / (1 - beta2) steps.
 
-    Rprop's step sizes and Adagrad's accumulator return to the optimizer's own start, ASGD's average
-    to the new value. State that is not kept per entry (Adafactor's) is not touched.
+    Other state returns to the optimizer's own start; Adafactor's rows and columns stay.
 
     Args:
         model: The model, changed in place. Its mode, hooks, buffers and gradients stay as they
@@ -198,8 +197,7 @@ def revive_(
         A :class:`Revival`.
 
     Raises:
-        TypeError: If ``model`` is no module or a scripted one, ``report`` is no report, or
-            ``optimizer`` no optimizer.
+        TypeError: If ``model``, ``report`` or ``optimizer`` is none, or the model is scripted.
         ValueError: If there is no batch, the report belongs to another model, the optimizer does
             not hold a parameter that is to be changed or keeps no state per entry (L-BFGS), or an
             option is unknown. Whatever is raised, model and optimizer are as before.
@@ -356,19 +354,8 @@ class _Repair:
 
         hooks = [(plan.source[1], counting(i, plan)) for i, plan in enumerate(plans)]
         after = tensors_of(self.run(hooks))
-        same = len(before) == len(after) and all(map(_is_same, before, after))
+        same = len(before) == len(after) and all(map(is_same, before, after))
         return silent if same else None
-
-
-def _is_same(before: Tensor, after: Tensor) -> bool:
-    """Whether two outputs are equal up to what rounding in a bias may do to them."""
-    if before.shape != after.shape:
-        return False
-    if not before.is_floating_point():
-        return torch.equal(before, after)
-    size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
-    tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
-    return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _cut_outgoing(plan: Plan, transaction: _Transaction) -> None:
