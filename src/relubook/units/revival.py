@@ -197,7 +197,7 @@ def revive_(
         A :class:`Revival`.
 
     Raises:
-        TypeError: If ``model``, ``report`` or ``optimizer`` is none, or the model is scripted.
+        TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
         ValueError: If there is no batch, the report belongs to another model, the optimizer does
             not hold a parameter that is to be changed or keeps no state per entry (L-BFGS), or an
             option is unknown. Whatever is raised, model and optimizer are as before.
