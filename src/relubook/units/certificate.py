@@ -15,71 +15,46 @@ anywhere in the box:
 [True, False, True]
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from math import exp, inf, prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relubook.units.readers import is_plain
 from relubook.units.report import SiteListing, plain_table
 
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
 
-_LINEAR = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+
+_Kinds = tuple[Any, ...]
+
+
+def _kinds(*names: str) -> _Kinds:
+    """The classes for one, two and three dimensions."""
+    return tuple(getattr(nn, f"{name}{dims}d") for name in names for dims in (1, 2, 3))
+
+
+_TRANSPOSED = _kinds("ConvTranspose")
+_LINEAR: _Kinds = (nn.Linear, *_kinds("Conv"), *_TRANSPOSED)
+_BATCH_NORMS = _kinds("BatchNorm")
+_DROPOUTS: _Kinds = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
+_SELECTING: _Kinds = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten),
+    *_kinds("MaxPool", "AdaptiveMaxPool"),
 )
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_SELECTING = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
+_AVERAGING = _kinds("AvgPool", "AdaptiveAvgPool")
+_RECTIFIERS: _Kinds = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold)
+_MONOTONE: _Kinds = (
+    *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.Tanh),
+    *(nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardsigmoid),
 )
-_AVERAGING = (
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-)
-_RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold)
-_MONOTONE = (
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Softplus,
-    nn.Softsign,
-    nn.LogSigmoid,
-    nn.Hardsigmoid,
-)
-_SUPPORTED = (
-    nn.Sequential,
-    *_LINEAR,
-    *_BATCH_NORMS,
-    *_RECTIFIERS,
-    *_MONOTONE,
-    *_SELECTING,
-    *_AVERAGING,
-    *_DROPOUTS,
+_SUPPORTED: _Kinds = (
+    *(*_LINEAR, *_BATCH_NORMS, *_RECTIFIERS, *_MONOTONE, nn.PReLU),
+    *(*_SELECTING, *_AVERAGING, *_DROPOUTS, nn.Sequential),
 )
 
 
@@ -174,22 +149,29 @@ def certify_dead(
             not finite; if there is no rectifier that can be silent.
     """
     layers = list(_flat(model_or_layers))
-    _check_layers(layers)
-    parameters = [p for _, layer in layers for p in layer.parameters()]
-    u = max((torch.finfo(p.dtype).eps / 2 for p in parameters), default=2.0**-24)
+    for name, layer in layers:
+        _check(name, layer)
+    if not any(_can_be_silent(layer) for _, layer in layers):
+        raise ValueError("there is no rectifier that can be silent (ReLU, ReLU6, ...)")
+    types = [torch.finfo(p.dtype) for _, layer in layers for p in layer.parameters()]
+    types = types or [torch.finfo(torch.float32)]
+    u = max(kind.eps / 2 for kind in types)
     if unit_roundoff is not None:
         if not 0 <= unit_roundoff < 1:
             raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
         u = max(unit_roundoff, 2.0**-53)
-    limits = [torch.finfo(p.dtype) for p in parameters] or [torch.finfo(torch.float32)]
-    arithmetic = _Arithmetic(u, min(f.max for f in limits), max(f.tiny for f in limits))
-    shape = _box_shape(layers, low, high, input_shape)
-    box = arithmetic.widen(_box(layers, low, high, shape), 1)
-    sites = []
+    arithmetic = _Arithmetic(u, min(k.max for k in types), max(k.tiny for k in types))
+    box = arithmetic.widen(_box(layers, low, high, input_shape), 1)
+    sites, channels = [], False
     with torch.no_grad():
         for name, layer in layers:
             if _can_be_silent(layer):
-                sites.append(_site(name, layer, box, layers, u))
+                upper = box.high.movedim(1 if channels else -1, 0).flatten(1).amax(1)
+                limit = _below(layer.threshold, u) if isinstance(layer, nn.Threshold) else 0.0
+                kind = type(layer).__name__.lower()
+                sites.append(CertifiedSite(name, kind, upper <= limit, upper))
+            if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, nn.Flatten, nn.Unflatten)):
+                channels = not isinstance(layer, nn.Linear | nn.Flatten | nn.Unflatten)
             try:
                 box = arithmetic.apply(layer, box)
             except RuntimeError as error:
@@ -203,68 +185,51 @@ def certify_dead(
 # --- what is given ----------------------------------------------------------------------------
 
 
-def _flat(layers: nn.Module | Iterable[nn.Module], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names and layers in the order of execution, without the containers."""
-    if isinstance(layers, nn.Module) and not isinstance(layers, nn.Sequential):
+    if is_plain(layers, (nn.Sequential,)):
+        if layers._forward_hooks or layers._forward_pre_hooks:
+            raise ValueError(f"{prefix or 'the model'!r} has forward hooks")
+        children = list(layers._modules.items())  # an activation may stand in several places
+    elif isinstance(layers, nn.Module):
         yield prefix or type(layers).__name__.lower(), layers
         return
-    if isinstance(layers, nn.Sequential):
-        named: Iterable[tuple[str, Any]] = list(layers._modules.items())
     elif isinstance(layers, Iterable):
-        named = [(str(i), layer) for i, layer in enumerate(layers)]
+        children = [(str(i), layer) for i, layer in enumerate(layers)]
     else:
         raise TypeError(f"model_or_layers is a {type(layers).__name__}, not a module or a list")
-    for name, layer in named:
+    for name, layer in children:
         full = f"{prefix}.{name}" if prefix else name
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer {full!r} is a {type(layer).__name__}, not a torch.nn.Module")
-        if _is_plain(layer, (nn.Sequential,)):
-            _check_hooks(full, layer)
-            yield from _flat(layer, full)
-        else:
-            yield full, layer
+        yield from _flat(layer, full)
 
 
-def _is_plain(module: nn.Module, kinds: Sequence[type]) -> bool:
-    forward = type(module).forward
-    return any(isinstance(module, k) and forward is getattr(k, "forward", None) for k in kinds)
-
-
-def _check_hooks(name: str, layer: nn.Module) -> None:
+def _check(name: str, layer: Any) -> None:
+    if not is_plain(layer, _SUPPORTED):
+        supported = ", ".join(sorted({kind.__name__ for kind in _SUPPORTED}))
+        raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {supported}")
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise ValueError(f"layer {name!r} has forward hooks, which may change what it computes")
-
-
-def _check_layers(layers: list[tuple[str, Any]]) -> None:
-    for name, layer in layers:
-        if not _is_plain(layer, (*_SUPPORTED, nn.PReLU)):
-            supported = sorted({k.__name__ for k in (*_SUPPORTED, nn.PReLU)})
-            raise TypeError(
-                f"layer {name!r} is a {type(layer).__name__}; supported are {', '.join(supported)}"
-            )
-        _check_hooks(name, layer)
-        if isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None):
-            raise ValueError(
-                f"layer {name!r} normalizes by the batch's statistics, which no box bounds: call "
-                "eval() (and keep running statistics)"
-            )
-        if isinstance(layer, _DROPOUTS) and layer.training and layer.p > 0:
-            raise ValueError(f"layer {name!r} drops values at random: call eval()")
-        if _is_plain(layer, _MONOTONE) and (
-            getattr(layer, "negative_slope", 0) < 0
-            or getattr(layer, "alpha", 1) <= 0
-            or getattr(layer, "beta", 1) <= 0
-        ):
-            raise ValueError(f"layer {name!r} ({layer}) is not monotone")
-        if isinstance(layer, nn.Flatten) and layer.start_dim == 0:
-            raise ValueError(f"layer {name!r} flattens the batch too")
-        if getattr(layer, "return_indices", False):
-            raise ValueError(f"layer {name!r} returns indices too; no bounds are known for these")
-        for kind, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise ValueError(f"{kind!r} of layer {name!r} is not finite")
-    if not any(_can_be_silent(layer) for _, layer in layers):
-        raise ValueError("there is no rectifier that can be silent (ReLU, ReLU6, ...)")
+    if isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None):
+        raise ValueError(
+            f"layer {name!r} normalizes by the batch's statistics, which no box bounds: call "
+            "eval() (and keep running statistics)"
+        )
+    if isinstance(layer, _DROPOUTS) and layer.training and layer.p > 0:
+        raise ValueError(f"layer {name!r} drops values at random: call eval()")
+    signs = [getattr(layer, key, 1) for key in ("alpha", "beta")]
+    if isinstance(layer, _MONOTONE) and (
+        min(signs) <= 0 or getattr(layer, "negative_slope", 0) < 0
+    ):
+        raise ValueError(f"layer {name!r} ({layer}) is not monotone")
+    if isinstance(layer, nn.Flatten) and layer.start_dim == 0:
+        raise ValueError(f"layer {name!r} flattens the batch too")
+    if getattr(layer, "return_indices", False):
+        raise ValueError(f"layer {name!r} returns indices too; no bounds are known for these")
+    for kind, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{kind!r} of layer {name!r} is not finite")
 
 
 def _can_be_silent(layer: Any) -> bool:
@@ -273,79 +238,47 @@ def _can_be_silent(layer: Any) -> bool:
     return isinstance(layer, nn.ReLU) or (isinstance(layer, nn.Threshold) and layer.value == 0)
 
 
-def _box_shape(
-    layers: list[tuple[str, Any]],
-    low: float | Tensor,
-    high: float | Tensor,
-    input_shape: Sequence[int] | None,
-) -> tuple[int, ...]:
-    given = [tuple(c.shape) for c in (low, high) if isinstance(c, Tensor) and c.dim()]
-    first = next((layer for _, layer in layers if _is_plain(layer, _LINEAR)), None)
-    if input_shape is not None:
-        return tuple(input_shape)
-    if isinstance(first, nn.Linear) and first is layers[0][1] and not any(given):
-        return (first.in_features,)
-    if not given:
-        raise ValueError(
-            "low and high do not tell the shape of an input: pass input_shape=, without the batch"
-        )
-    try:
-        return tuple(torch.broadcast_shapes(*given))
-    except RuntimeError:
-        raise ValueError(f"low and high have the shapes {given[0]} and {given[1]}") from None
-
-
 def _box(
     layers: list[tuple[str, Any]],
     low: float | Tensor,
     high: float | Tensor,
-    shape: tuple[int, ...],
+    shape: Sequence[int] | None,
 ) -> "_Box":
+    name, first = layers[0]
     corners = []
-    for name, corner in (("low", low), ("high", high)):
+    for side, corner in (("low", low), ("high", high)):
         if isinstance(corner, bool) or not isinstance(corner, int | float | Tensor):
-            raise TypeError(f"{name} is a {type(corner).__name__}, not a number or a tensor")
-        tensor = torch.as_tensor(corner).detach().to("cpu", torch.float64)
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} is not finite everywhere")
-        try:
-            corners.append(tensor.expand(shape))
-        except RuntimeError:
-            raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}, an input {shape}"
-            ) from None
-    wrong = torch.nonzero(corners[0] > corners[1])
+            raise TypeError(f"{side} is a {type(corner).__name__}, not a number or a tensor")
+        corners.append(torch.as_tensor(corner).detach().to("cpu", torch.float64))
+        if not bool(corners[-1].isfinite().all()):
+            raise ValueError(f"{side} is not finite everywhere")
+    if shape is None and any(corner.dim() for corner in corners):
+        shape = ()
+    elif shape is None and isinstance(first, nn.Linear):
+        shape = (first.in_features,)
+    elif shape is None:
+        raise ValueError(
+            "low and high do not tell the shape of an input: pass input_shape=, without the batch"
+        )
+    try:
+        shape = tuple(torch.broadcast_shapes(shape, *(corner.shape for corner in corners)))
+    except RuntimeError as error:
+        raise ValueError(f"the shapes of low, high and the input do not fit: {error}") from None
+    lower, upper = (corner.expand(shape) for corner in corners)
+    wrong = (lower > upper).nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
-        raise ValueError(f"low > high at {at}: {float(corners[0][at])} > {float(corners[1][at])}")
-    name, first = layers[0]
+        raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
     if isinstance(first, nn.Linear) and shape[-1:] != (first.in_features,):
         raise ValueError(f"an input has the shape {shape}; {name!r} takes {first.in_features}")
-    if _is_plain(first, _LINEAR[1:]):
+    if isinstance(first, _LINEAR[1:]):
         dims = len(first.kernel_size) + 1
         if len(shape) != dims or shape[0] != first.in_channels:
             raise ValueError(
                 f"an input has the shape {shape}; {name!r} takes {dims} dimensions with "
                 f"{first.in_channels} channels"
             )
-    return _Box(corners[0][None], corners[1][None])
-
-
-def _site(
-    name: str, layer: Any, box: "_Box", layers: list[tuple[str, Any]], u: float
-) -> CertifiedSite:
-    channels = False
-    for other, before in layers:
-        if other == name:
-            break
-        if _is_plain(before, (*_LINEAR, *_BATCH_NORMS)):
-            channels = not isinstance(before, nn.Linear)
-        elif isinstance(before, nn.Flatten | nn.Unflatten):
-            channels = False
-    dim = 1 if channels else box.high.dim() - 1
-    upper = box.high.transpose(0, dim).flatten(1).amax(1)
-    limit = _below(layer.threshold, u) if isinstance(layer, nn.Threshold) else 0.0
-    return CertifiedSite(name, type(layer).__name__.lower(), upper <= limit, upper)
+    return _Box(lower[None], upper[None])
 
 
 # --- interval arithmetic ----------------------------------------------------------------------
@@ -372,143 +305,103 @@ class _Arithmetic:
     largest: float
     tiny: float
 
-    def error(self, n: int) -> float:
-        """Relative error bound of n operations of the model and 2 n of ours, times the sum."""
-        return _gamma(n, self.u) * (1 + 2.0**-20) + 4 * _gamma(n, 2.0**-53)
-
-    def widen(
-        self, box: _Box, n: int, size: Tensor | None = None, largest_factor: float = 1.0
-    ) -> _Box:
+    def widen(self, box: _Box, n: int, size: Tensor | None = None, factor: float = 1.0) -> _Box:
         """Widen by the error of sums of n terms whose absolute values add up to ``size``.
 
-        What underflows, factors included, adds up to n times the smallest normal number.
+        The model makes n rounding errors, and we at most 4 n. What underflows, ``factor`` times,
+        adds up to n times the smallest normal number.
         """
         size = box.size if size is None else size
-        margin = size * self.error(n) * (1 + _gamma(n, 2.0**-53)) + 4 * n * self.tiny * (
-            1 + largest_factor
-        )
+        error = _gamma(n, self.u) * (1 + 2.0**-20) + 4 * _gamma(n, 2.0**-53)
+        margin = size * error * (1 + _gamma(n, 2.0**-53)) + 4 * n * self.tiny * (1 + factor)
         low, high = box.low - margin, box.high + margin
-        low -= low.abs() * 2.0**-52
-        high += high.abs() * 2.0**-52
+        low, high = low - low.abs() * 2.0**-52, high + high.abs() * 2.0**-52
         # Where a partial sum may overflow, the model may compute anything, NaN included.
-        safe = size + margin < self.largest / 2
-        unknown = torch.full_like(low, inf)
-        return _Box(torch.where(safe, low, -unknown), torch.where(safe, high, unknown))
+        if bool((size + margin < self.largest / 2).all()):
+            return _Box(low, high)
+        return _Box(torch.full_like(low, -inf), torch.full_like(high, inf))
 
     def apply(self, layer: Any, box: _Box) -> _Box:
+        """Bounds behind a layer; none for any value once they are lost for one."""
+        if bool(box.size.isfinite().all()):
+            return self.bound(layer, box)
+        zeros = self.bound(layer, _Box(torch.zeros_like(box.low), torch.zeros_like(box.high)))
+        return _Box(torch.full_like(zeros.low, -inf), torch.full_like(zeros.high, inf))
+
+    def bound(self, layer: Any, box: _Box) -> _Box:
         if isinstance(layer, _LINEAR):
             return self.linear(layer, box)
         if isinstance(layer, _BATCH_NORMS):
             return self.batch_norm(layer, box)
         if isinstance(layer, _DROPOUTS):
             return box
-        if isinstance(layer, _SELECTING):
-            return _Box(layer(box.low), layer(box.high))
         if isinstance(layer, _AVERAGING):
             n = prod(box.low.shape[2:]) + 2
-            averaged = _Box(layer(_finite(box.low)), layer(_finite(box.high)))
-            lost = layer((~(box.size < inf)).double()) > 0
-            return _lost(self.widen(averaged, n, layer(_finite(box.size))), lost)
-        if isinstance(layer, nn.Threshold):
-            return _threshold(layer, box, self)
+            return self.widen(_Box(layer(box.low), layer(box.high)), n, layer(box.size))
         if isinstance(layer, nn.PReLU):
-            return self.prelu(layer, box)
-        if isinstance(layer, _RECTIFIERS):
-            active = _Box(_activate(layer, box.low), _activate(layer, box.high))
-            exact = isinstance(layer, nn.ReLU | nn.ReLU6)
-            return active if exact else self.widen(active, 1)  # the limits may be rounded
-        return self.monotone(layer, box)
+            slope = _double(layer.weight)
+            ends = F.prelu(box.low, slope), F.prelu(box.high, slope)
+            low = torch.minimum(*ends)  # below, a negative slope has its least value at 0
+            crosses = (box.low < 0) & (box.high > 0)
+            low = torch.where(crosses, low.clamp(max=0), low)
+            return self.widen(_Box(low, torch.maximum(*ends)), 3)
+        if isinstance(layer, nn.Threshold):
+            return self.threshold(layer, box)
+        active = _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
+        if isinstance(layer, (*_SELECTING, nn.ReLU, nn.ReLU6)):
+            return active
+        if isinstance(layer, nn.Hardtanh):  # the limits may be rounded
+            return self.widen(active, 1)
+        # Implementations differ by some units in the last place, relative to 1 where the formula
+        # subtracts 1 (elu, sigmoid by tanh); softplus jumps by exp(-threshold) at its threshold.
+        scale, slack = max(getattr(layer, "alpha", 1.0), 2.0), 0.0
+        if isinstance(layer, nn.Softplus):
+            scale, slack = 2.0 / layer.beta, exp(-layer.threshold) / layer.beta
+        active = _Box(active.low - slack, active.high + slack)
+        return self.widen(active, 16, active.size + scale)
 
     def linear(self, layer: Any, box: _Box) -> _Box:
-        weight = layer.weight.detach().to("cpu", torch.float64)
-        bias = None if layer.bias is None else layer.bias.detach().to("cpu", torch.float64)
-        product = _product(layer)
-        low, high = _finite(box.low), _finite(box.high)
-        up, down = weight.clamp(min=0), weight.clamp(max=0)
-        lower = product(low, up) + product(high, down)
-        upper = product(high, up) + product(low, down)
-        size = product(torch.maximum(low.abs(), high.abs()), weight.abs())
-        if bias is not None:
-            shaped = (
-                bias if isinstance(layer, nn.Linear) else bias.reshape(-1, *[1] * (lower.dim() - 2))
-            )
-            lower, upper, size = lower + shaped, upper + shaped, size + shaped.abs()
-        lost = product((~(box.size < inf)).double(), torch.ones_like(weight)) > 0
-        largest = float(weight.abs().max())
-        return _lost(self.widen(_Box(lower, upper), _terms(layer) + 2, size, largest), lost)
+        weight = _double(layer.weight)
+        center, radius = (box.high + box.low) / 2, (box.high - box.low) / 2
+        middle, spread = _product(layer, center, weight), _product(layer, radius, weight.abs())
+        size = _product(layer, center.abs() + radius, weight.abs())
+        if layer.bias is not None:
+            shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)))
+            bias = _double(layer.bias).reshape(shape)
+            middle, size = middle + bias, size + bias.abs()
+        terms = 3 + (
+            layer.in_features
+            if isinstance(layer, nn.Linear)
+            else layer.in_channels // layer.groups * prod(layer.kernel_size)
+        )
+        exact = _Box(middle - spread, middle + spread)
+        return self.widen(exact, terms, size, float(weight.abs().max()))
 
     def batch_norm(self, layer: Any, box: _Box) -> _Box:
         shape = (1, -1, *[1] * (box.low.dim() - 2))
-
-        def of(tensor: Tensor | None, default: float) -> Tensor:
-            full = torch.full((layer.num_features,), default) if tensor is None else tensor
-            return full.detach().to("cpu", torch.float64).reshape(shape)
-
-        scale = of(layer.weight, 1.0) / (of(layer.running_var, 1.0) + layer.eps).sqrt()
-        shift, mean = of(layer.bias, 0.0), of(layer.running_mean, 0.0)
-        ends = [(_finite(end) - mean) * scale + shift for end in (box.low, box.high)]
-        size = (_finite(box.size) + mean.abs()) * scale.abs() + shift.abs()
+        mean = _double(layer.running_mean).reshape(shape)
+        scale = (1 / (_double(layer.running_var) + layer.eps).sqrt()).reshape(shape)
+        shift = torch.zeros_like(mean)
+        if layer.affine:
+            scale = scale * _double(layer.weight).reshape(shape)
+            shift = _double(layer.bias).reshape(shape)
+        ends = [(end - mean) * scale + shift for end in (box.low, box.high)]
+        size = (box.size + mean.abs()) * scale.abs() + shift.abs()
         exact = _Box(torch.minimum(*ends), torch.maximum(*ends))
-        widened = self.widen(exact, 12, size, float(scale.abs().max()))
-        return _lost(widened, ~(box.size < inf))
+        return self.widen(exact, 12, size, float(scale.abs().max()))
 
-    def prelu(self, layer: Any, box: _Box) -> _Box:
-        slope = layer.weight.detach().to("cpu", torch.float64)
-        slope = slope.reshape(1, -1, *[1] * max(box.low.dim() - 2, 0))
-        ends = []
-        for end in (_finite(box.low), _finite(box.high)):
-            ends.append(end.clamp(min=0) + slope * end.clamp(max=0))
-        crosses = (box.low < 0) & (box.high > 0)
-        low = torch.minimum(*ends)
-        exact = _Box(torch.where(crosses, low.clamp(max=0), low), torch.maximum(*ends))
-        return _lost(self.widen(exact, 3), ~(box.size < inf))
-
-    def monotone(self, layer: Any, box: _Box) -> _Box:
-        exact = _Box(_activate(layer, box.low), _activate(layer, box.high))
-        # Implementations differ by some units in the last place, relative to 1 where the formula
-        # subtracts 1 (elu, sigmoid by tanh); softplus jumps by exp(-threshold) at its threshold.
-        scale = max(abs(getattr(layer, "alpha", 1.0)), 2.0)
-        slack = 0.0
-        if isinstance(layer, nn.Softplus):
-            scale = 2.0 / layer.beta
-            slack = float(torch.tensor(-layer.threshold).exp()) / layer.beta
-        bounded = _Box(_finite(exact.low) - slack, _finite(exact.high) + slack)
-        widened = self.widen(bounded, 16, bounded.size + scale)
-        return _lost(widened, ~((exact.low > -inf) & (exact.high < inf)))
+    def threshold(self, layer: nn.Threshold, box: _Box) -> _Box:
+        below, above = _below(layer.threshold, self.u), -_below(-layer.threshold, self.u)
+        passes, stops = box.high > below, box.low <= above
+        value = torch.full_like(box.low, layer.value)
+        low = torch.where(passes, box.low.clamp(min=below).minimum(value), value)
+        high = torch.where(stops, box.high.maximum(value), box.high)
+        low, high = torch.where(stops, low, box.low), torch.where(passes, high, value)
+        return self.widen(_Box(low, high), 1)
 
 
 def _gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u) if n * u < 0.5 else inf
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    """Zero in place of what is not finite; :func:`_lost` then marks what depends on it."""
-    return torch.where(tensor.isfinite(), tensor, torch.zeros_like(tensor))
-
-
-def _lost(box: _Box, lost: Tensor) -> _Box:
-    """No bounds where an input has none, or where they are not numbers."""
-    lost = lost | box.low.isnan() | box.high.isnan()
-    return _Box(box.low.masked_fill(lost, -inf), box.high.masked_fill(lost, inf))
-
-
-def _activate(layer: Any, end: Tensor) -> Tensor:
-    if isinstance(layer, nn.LeakyReLU):
-        return F.leaky_relu(end, layer.negative_slope)
-    if getattr(layer, "inplace", False):
-        end = end.clone()
-    return layer(end)
-
-
-def _threshold(layer: nn.Threshold, box: _Box, arithmetic: _Arithmetic) -> _Box:
-    t, b = -_below(-layer.threshold, arithmetic.u), _below(layer.threshold, arithmetic.u)
-    passes, stops = box.high > b, box.low <= t
-    value = torch.full_like(box.low, layer.value)
-    low = torch.where(
-        stops, torch.where(passes, box.low.clamp(min=b).minimum(value), value), box.low
-    )
-    high = torch.where(passes, torch.where(stops, box.high.maximum(value), box.high), value)
-    return arithmetic.widen(_Box(low, high), 1)
 
 
 def _below(constant: float, u: float) -> float:
@@ -516,28 +409,16 @@ def _below(constant: float, u: float) -> float:
     return constant - abs(constant) * u * (1 + 2.0**-20)
 
 
-def _terms(layer: Any) -> int:
-    """Number of products in one output, and the bias."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features + 1
-    return layer.in_channels // layer.groups * prod(layer.kernel_size) + 1
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
-def _product(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """The layer's linear map for another input and another weight."""
+def _product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's linear map of another input with another weight."""
     if isinstance(layer, nn.Linear):
-        return F.linear
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return lambda x, weight: layer._conv_forward(x, weight, None)
-    dims = len(layer.kernel_size)
-    transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-    return lambda x, weight: transposed(
-        x,
-        weight,
-        None,
-        layer.stride,
-        layer.padding,
-        layer.output_padding,
-        layer.groups,
-        layer.dilation,
-    )
+        return F.linear(x, weight)
+    if not isinstance(layer, _TRANSPOSED):
+        return layer._conv_forward(x, weight, None)
+    transposed = getattr(F, f"conv_transpose{len(layer.kernel_size)}d")
+    options = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    return transposed(x, weight, None, *options)

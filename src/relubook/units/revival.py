@@ -13,17 +13,16 @@ weights to zero, so that nobody notices until they have learned what to do with 
 ...     _ = model[0].bias[:3].fill_(-100.0)
 >>> x = torch.randn(256, 4)
 >>> before = model(x)
->>> revival = revive_(model, diagnose(model, [x]))
->>> revival.total
-3
+>>> revival = revive_(model, diagnose(model, [x]), x)
+>>> revival.total, revival.silent
+(3, 0)
 >>> bool(torch.equal(before, model(x)))
 True
-
-The proof that a unit is silent on a whole box of inputs is in :mod:`relubook.units.certificate`.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, get_args
@@ -31,11 +30,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from relubook.layers.initializers import he_normal_
-from relubook.units._paths import TRANSPOSED, Left, Pair, Plan, Report, inputs_of, plan_repairs
+from relubook.units.passes import TRANSPOSED, Plan, is_same, run, tensors_of, unit_dim
+from relubook.units.readers import find_readers
+from relubook.units.report import plain_table
 from relubook.units.sites import undisturbed, unwrapped
 
-__all__ = ["Change", "Left", "Pair", "Revival", "revive_"]
+__all__ = ["Change", "Left", "Revival", "revive_"]
 
 OptimizerState = Literal["mixed", "zero", "mean"]
 
@@ -56,6 +56,7 @@ class Change:
         folded: Those of the consumers whose bias took over the unit's constant.
         gates: Names of the batch norms whose scale for these units is now zero, which stands in
             for zero outgoing weights where the constant does not fit into a bias.
+        silent: How many of the revived units are silent on the batch all the same.
     """
 
     site: str
@@ -65,6 +66,22 @@ class Change:
     consumers: tuple[str, ...]
     folded: tuple[str, ...]
     gates: tuple[str, ...]
+    silent: int = 0
+
+
+@dataclass(frozen=True)
+class Left:
+    """A site with dead units that was left as it was.
+
+    Attributes:
+        site: Name of the site in the report.
+        units: Number of its dead units.
+        reason: Why they could not be revived, and what would help.
+    """
+
+    site: str
+    units: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,11 @@ class Revival:
         """Number of revived units."""
         return sum(len(change.units) for change in self.changes)
 
+    @property
+    def silent(self) -> int:
+        """Number of revived units that are silent on the batch all the same."""
+        return sum(change.silent for change in self.changes)
+
     def __repr__(self) -> str:
         rows = [("site", "units", "re-initialized", "set to zero")]
         for change in self.changes:
@@ -93,110 +115,92 @@ class Revival:
                 for n in change.consumers
             ] + [f"scale of {n}" for n in change.gates]
             rows.append((change.site, str(len(change.units)), fresh, ", ".join(cut)))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [f"Revival: {self.total} units revived, {sum(x.units for x in self.left)} left"]
-        if self.changes:
-            for site, units, fresh, cut_text in rows:
-                lines.append(
-                    f"  {site:<{widths[0]}}  {units:>{widths[1]}}  {fresh:<{widths[2]}}  {cut_text}"
-                )
-        lines += [f"  left: {x.site}, {x.units} dead: {x.reason}" for x in self.left]
+        left = sum(entry.units for entry in self.left)
+        silent = f" ({self.silent} silent on the batch)" if self.silent else ""
+        lines = [f"Revival: {self.total} units revived{silent}, {left} left"]
+        lines += plain_table(rows, words=4) if self.changes else []
+        lines += [f"left: {x.site}, {x.units} dead: {x.reason}" for x in self.left]
         return "\n".join(lines)
 
 
 def revive_(
     model: nn.Module,
-    report: Report,
+    report: Any,
+    batch: Any = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_state: OptimizerState = "mixed",
     generator: torch.Generator | None = None,
-    pairs: Mapping[str, str | Sequence[str] | Pair] | None = None,
-    init: Callable[..., Any] = he_normal_,
-    batch: Any = None,
+    init: Callable[..., Any] = nn.init.kaiming_normal_,
 ) -> Revival:
     """Re-initialize a model's dead units in place, leaving its function on the data as it is.
 
-    For every unit that the report calls dead: its incoming weights are drawn afresh, its bias
-    becomes 0, a batch norm in front of the rectifier is reset for it (scale 1, shift 0, running
-    mean 0, running variance 1), and its outgoing weights become 0. This is the repair of ReDo
-    (Sokar et al. 2023, arXiv 2302.12902), applied to dead instead of dormant units.
+    For every unit that the report calls dead: its incoming weights are drawn afresh and centered
+    on the batch, so that it fires on about half of it (its bias becomes minus the mean
+    pre-activation; a batch norm in front of the rectifier gets scale 1, shift 0 and the batch's
+    mean and variance for it; a unit without bias whose mean is negative has its weights' sign
+    flipped). Its outgoing weights become 0. This is the repair of ReDo (Sokar et al. 2023,
+    arXiv 2302.12902), applied to dead instead of dormant units.
 
-    **What stays.** With the model in evaluation mode its output is the same on every input on
-    which all revived units were silent, so on all of the data the report rests on; on an input
-    where one of them fired, that unit's contribution is lost. The same means bit for bit, or up to
-    rounding where a batch norm stands behind the rectifier. Such a norm turns the silent unit's 0
-    into a constant c, and the next layer's bias takes over c times the outgoing weights. Where
-    that would be inexact (a zero-padded convolution sees no c at the border, a layer has no bias)
-    the norm's scale is set to 0 and its shift to c instead, and the outgoing weights stay: the
-    repr lists it as "scale of". In training mode a batch norm behind the rectifier uses the
-    batch's statistics, and there the function can change by what running and batch mean differ.
+    **What stays.** In evaluation mode the output is the same on every input on which all revived
+    units were silent, so on all of the data the report rests on: bit for bit, or up to rounding
+    where a batch norm stands behind the rectifier. Such a norm turns the silent unit's 0 into a
+    constant c, and the next layer's bias takes over c times the outgoing weights. Where that would
+    be inexact (a zero-padded convolution sees no c at the border, a layer has no bias) the norm's
+    scale is set to 0 and its shift to c instead, and the outgoing weights stay: the repr lists it
+    as "scale of". In training mode such a norm uses the batch's statistics, and there the function
+    can change by what running and batch mean differ.
 
-    **How they learn.** With zero outgoing weights the fresh incoming ones get a gradient of
-    exactly zero in the first step, while the outgoing ones (or the scale) do not; from the second
-    step on both learn. Call it between steps: gradients stored from before are not touched.
+    **The promise is verified.** The outputs on the batch must be the same before and after, with
+    all of the model's own hooks in place. A site whose repair moves them is put back and listed.
 
-    **The optimizer.** For the fresh and the zeroed entries, and for no others, the state starts
-    anew: running averages of the gradient (``momentum_buffer``, ``exp_avg``, ...) become 0. Adam's
-    step count belongs to the whole tensor and is kept, so its bias correction no longer acts: with
-    second moments of 0 too, the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the
-    learning rate, and it rises to 6.6 times for a steady gradient (10 times for RMSprop). On
-    outgoing weights such steps disturb the function; on incoming ones, whose gradients start near
-    zero, they are what makes the unit learn soon. Hence the choice for the second moments
-    (``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``, ``exp_inf``, Adagrad's ``sum``):
+    **Which layers come next** is observed in a few passes with noise in place of the layers'
+    outputs, in evaluation and in training mode, on the path that the batch takes. Left untouched,
+    and listed with the reason: sums (residual connections), layer norm and everything else that
+    mixes units; layers that are neither linear nor convolutions, are called more than once, share
+    a weight, carry a parametrization, or are frozen (``requires_grad`` False).
+
+    **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
+    that is not zero; from the second step on the fresh incoming ones learn too. Call it between
+    steps: gradients stored from before are not touched.
+
+    **The optimizer.** For the fresh and the zeroed entries, and for no others, running averages of
+    the gradient (``momentum_buffer``, ``exp_avg``, ...) become 0. Adam's step count belongs to the
+    whole tensor and is kept, so its bias correction no longer acts: with second moments of 0 too,
+    the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and it rises
+    to 6.6 times for a steady gradient (10 times for RMSprop). On outgoing weights such steps
+    disturb the function; on incoming ones they are what makes the unit learn soon. Hence the
+    choice for the second moments (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
 
     - "mixed": outgoing entries get the mean over the other entries of the same tensor, so that
       they move like their neighbors; incoming entries start at 0.
     - "zero": all start at 0. "mean": all get the mean; the unit then hardly learns for about
       1 / (1 - beta2) steps.
 
-    Rprop's step sizes and Adagrad's initial accumulator return to the optimizer's own start,
-    ASGD's average to the new value. State that is not kept per entry (Adafactor's rows and
-    columns) is not touched.
-
-    **Which layer comes next** is read from the model's graph (``torch.fx``), traced in evaluation
-    and in training mode; where the whole model cannot be traced, from that of the largest part
-    around the layer that can (what happens to this part's layers outside of it is then not seen).
-    A path that depends on optional arguments is read as if these were not given. Linear and
-    convolution layers (1-D to 3-D, transposed, grouped) follow each other directly, through
-    dropout, pooling, flattening (a channel then has one column for each position), batch or
-    instance norm, concatenation, and into several branches. Left untouched, and listed with the
-    reason: sums (residual connections), layer norm and everything else that mixes units; layers
-    that are called more than once, share a weight with another layer, carry a parametrization
-    (weight norm, pruning), or are frozen (``requires_grad`` False).
+    Other state returns to the optimizer's own start; Adafactor's rows and columns stay.
 
     Args:
-        model: The model, changed in place. Its mode, hooks and gradients stay as they are.
+        model: The model, changed in place. Its mode, hooks, buffers and gradients stay as they
+            are; the passes run its hooks as any forward pass does.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
+        batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
+            is the input, or a dict of keyword arguments. By default the report's ``example``, the
+            first batch that ``diagnose`` ran.
         optimizer: The optimizer that trains the model. Without it, its old moments go on to push
             the fresh weights.
         optimizer_state: What the second moments of these entries become; see above.
         generator: Source of the fresh weights. By default a new one whose seed is derived from the
             global random state, which is read but not advanced.
-        pairs: For layers whose successor cannot be found: the producer's name (or the site's) and
-            the name or names of the layers that read it, or a :class:`Pair` if a batch norm stands
-            in between. Takes precedence over the graph.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
-        batch: A batch of inputs (a tensor, a tuple whose first element is the input, or a dict of
-            keyword arguments). If given, the fresh units are centered on it by one forward pass in
-            evaluation mode: the bias becomes minus the mean pre-activation (a batch norm in front
-            takes over mean and variance; a unit without bias whose mean is negative has its
-            weights' sign flipped), so that they fire on about half of the batch. Without it, a
-            fresh unit may be born dead if the spread of its inputs is small beside their mean; to
-            make that rare, weights that read a rectifier's output (which is never negative) and
-            have no norm behind them get the sign that makes their sum positive.
 
     Returns:
         A :class:`Revival`.
 
     Raises:
-        TypeError: If ``model`` is no module or a scripted one, ``report`` is no report,
-            ``optimizer`` no optimizer, or a pair names a module that is neither a linear layer nor
-            a convolution.
-        KeyError: If a pair names a module that the model does not have.
-        ValueError: If the report belongs to another model, the optimizer does not hold a parameter
-            that is to be changed or keeps no state per entry (L-BFGS), a pair's widths do not fit,
-            or an option is unknown. Whatever is raised, model and optimizer are as before.
+        TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
+        ValueError: If there is no batch, the report belongs to another model, the optimizer does
+            not hold a parameter that is to be changed or keeps no state per entry (L-BFGS), or an
+            option is unknown. Whatever is raised, model and optimizer are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -205,51 +209,67 @@ def revive_(
         raise TypeError("model is scripted, its layers cannot be read: revive the model it is from")
     if not hasattr(report, "sites"):
         raise TypeError(
-            f"report is a {type(report).__name__}; pass what relubook.units.diagnosis.diagnose returns"
+            f"report is a {type(report).__name__}; it must be what "
+            "relubook.units.diagnosis.diagnose returns"
         )
     if optimizer_state not in get_args(OptimizerState):
-        raise ValueError(f'optimizer_state is {optimizer_state!r}; it is "mixed", "zero" or "mean"')
-    plans, left = plan_repairs(model, report, pairs)
+        raise ValueError(
+            f'optimizer_state is {optimizer_state!r}; it must be "mixed", "zero" or "mean"'
+        )
+    batch = getattr(report, "example", None) if batch is None else batch
+    if batch is None:
+        raise ValueError("the report holds no example of the data: pass a batch of inputs")
+    plans, reasons = find_readers(model, report.sites, batch)
     if optimizer is not None:
         _check_optimizer(model, optimizer, plans)
-    transaction = _Transaction()
-    with torch.no_grad(), transaction:
+    generator = _generator() if generator is None else generator
+    repair = _Repair(model, batch, init, generator, optimizer, optimizer_state)
+    silent = repair.attempt(plans)
+    if silent is None:
+        kept: list[Plan] = []
         for plan in plans:
-            _cut_outgoing(plan, transaction)
-        generator = _generator() if generator is None else generator
-        for plan in plans:
-            _draw_incoming(plan, transaction, init, generator)
-        if batch is not None and plans:
-            _center(model, plans, batch, transaction)
-        if optimizer is not None:
-            _reset_state(optimizer, optimizer_state, transaction)
-    return Revival(tuple(_change(plan) for plan in plans), tuple(left))
+            if repair.attempt([*kept, plan], keep=False) is None:
+                reasons[plan.site] = _MOVED
+            else:
+                kept.append(plan)
+        plans, silent = kept, repair.attempt(kept) or []
+    return Revival(
+        tuple(map(_change, plans, silent)),
+        tuple(
+            Left(site.name, int(site.dead.sum()), reasons[site.name])
+            for site in report.sites
+            if site.name in reasons
+        ),
+    )
 
 
 # --- doing it ---------------------------------------------------------------------------------
 
+_MOVED = (
+    "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
+    "gets or returns, or the units are not silent on the batch"
+)
 
-def _change(plan: Plan) -> Change:
+
+def _change(plan: Plan, silent: int) -> Change:
     return Change(
-        plan.site,
-        plan.producer,
-        plan.units,
-        plan.before[0] if plan.before else None,
-        tuple(s.name for s in plan.sinks if not s.is_gate),
-        tuple(s.name for s in plan.sinks if s.is_folded),
-        tuple(s.name for s in plan.sinks if s.is_gate),
+        site=plan.site,
+        producer=plan.producer,
+        units=plan.units,
+        before=plan.before[0] if plan.before else None,
+        consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
+        folded=tuple(s.name for s in plan.sinks if s.is_folded),
+        gates=tuple(s.name for s in plan.sinks if s.is_gate),
+        silent=silent,
     )
 
 
 class _Transaction:
-    """Remembers every tensor before its first change and puts all back if anything is raised."""
+    """Remembers every tensor before its first change and can put all back."""
 
     def __init__(self) -> None:
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def __enter__(self) -> "_Transaction":
-        return self
 
     def touch(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.saved:
@@ -261,48 +281,115 @@ class _Transaction:
         if isinstance(value, Tensor):
             value = value.to(parameter.device, parameter.dtype)
         self.touch(parameter)[index] = value
-        if id(parameter) not in self.fresh:
-            none = torch.zeros_like(parameter, dtype=torch.bool)
-            self.fresh[id(parameter)] = (parameter, none, none.clone())
-        _, fresh, out = self.fresh[id(parameter)]
+        none = torch.zeros_like(parameter, dtype=torch.bool)
+        _, fresh, out = self.fresh.setdefault(id(parameter), (parameter, none, none.clone()))
         fresh[index] = True
         out[index] = outgoing
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None:
-            for tensor, before in self.saved.values():
-                tensor.copy_(before)
+    def put_back(self) -> None:
+        for tensor, before in self.saved.values():
+            tensor.copy_(before)
+
+
+@dataclass(frozen=True)
+class _Repair:
+    """How to repair sites: all at once, or not at all."""
+
+    model: nn.Module
+    batch: Any
+    init: Callable[..., Any]
+    generator: torch.Generator
+    optimizer: torch.optim.Optimizer | None
+    optimizer_state: OptimizerState
+
+    def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[int] | None:
+        """Repair sites and say how many units stay silent; put all back if the outputs move."""
+        transaction, start = _Transaction(), self.generator.get_state()
+        done = False
+        with torch.no_grad():
+            try:
+                before = tensors_of(self.run())
+                for plan in plans:
+                    _cut_outgoing(plan, transaction)
+                for plan in plans:
+                    _draw_incoming(plan, transaction, self.init, self.generator)
+                self.center(plans, transaction)
+                silent = self.verify(plans, before)
+                if keep and silent is not None:
+                    _reset_state(self.optimizer, self.optimizer_state, transaction)
+                    done = True
+                return silent
+            finally:
+                if not done:
+                    transaction.put_back()
+                    self.generator.set_state(start)
+
+    def run(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> Any:
+        """Run the model on the batch in evaluation mode."""
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            for module, hook in hooks:
+                stack.callback(module.register_forward_hook(hook).remove)
+            self.model.eval()
+            return run(self.model, self.batch)
+
+    def center(self, plans: Sequence[Plan], transaction: _Transaction) -> None:
+        """Give the fresh units mean 0 on the batch, layer after layer in one pass."""
+        statistics: list[tuple[Tensor, Tensor]] = []
+        self.run([(plan.layer, _centering(plan, transaction, statistics)) for plan in plans])
+        for buffer, value in statistics:  # the pass itself leaves buffers alone
+            transaction.touch(buffer).copy_(value)
+
+    def verify(self, plans: Sequence[Plan], before: list[Tensor]) -> list[int] | None:
+        """How many units of each plan stay silent, or None if the outputs moved."""
+        silent = [0] * len(plans)
+
+        def counting(i: int, plan: Plan) -> Callable[..., None]:
+            def count(module: nn.Module, args: Any, out: Tensor) -> None:
+                dim = unit_dim(module)
+                fresh = out.index_select(dim, plan.units.to(out.device)).movedim(dim, 0)
+                silent[i] = int((fresh.flatten(1).amax(1) <= 0).sum())
+
+            return count
+
+        hooks = [(plan.source[1], counting(i, plan)) for i, plan in enumerate(plans)]
+        after = tensors_of(self.run(hooks))
+        same = len(before) == len(after) and all(map(is_same, before, after))
+        return silent if same else None
 
 
 def _cut_outgoing(plan: Plan, transaction: _Transaction) -> None:
     for sink in plan.sinks:
-        module: Any = sink.module
-        stream = sink.stream
+        module, weight = sink.module, sink.module.weight
+        columns = sink.columns.to(weight.device)
+        constant = sink.constant.to(weight.device)
         if sink.is_gate:
-            at = stream.columns(module.num_features)
-            transaction.write(module.weight, at, 0.0, outgoing=True)
-            transaction.write(module.bias, at, stream.constant.expand(at.shape), outgoing=True)
+            transaction.write(weight, columns, 0.0, outgoing=True)
+            transaction.write(module.bias, columns, constant[columns], outgoing=True)
             continue
-        at = stream.columns(inputs_of(module))
-        constant = stream.constant.expand(at.shape).flatten().to(module.weight.device)
-        at = at.flatten().to(module.weight.device)
-        if isinstance(module, TRANSPOSED):
-            transaction.write(module.weight, at, 0.0, outgoing=True)
-            continue
-        per_group = module.weight.shape[1]
-        rows = module.weight.shape[0] * per_group // inputs_of(module)
-        if bool((constant != 0).any()):
-            transaction.touch(module.bias)
-            shift = torch.zeros(module.bias.shape, dtype=torch.float64, device=at.device)
-            for group in range(inputs_of(module) // per_group):
-                here = at // per_group == group
-                block = module.weight[group * rows : (group + 1) * rows, at[here] % per_group]
-                sums = block.double().flatten(2).sum(2) if block.dim() > 2 else block.double()
-                shift[group * rows : (group + 1) * rows] += sums @ constant[here]
-            module.bias.copy_(module.bias.double() + shift)
-        groups = at // per_group
-        reading = groups[:, None] * rows + torch.arange(rows, device=at.device)
-        transaction.write(module.weight, (reading, (at % per_group)[:, None]), 0.0, outgoing=True)
+        if not isinstance(module, TRANSPOSED):
+            outputs, per_group = weight.shape[:2]
+            rows = outputs // getattr(module, "groups", 1)
+            columns, constant = (
+                x.view(-1, 1, per_group).expand(-1, rows, -1).reshape(outputs, per_group)
+                for x in (columns, constant)
+            )
+            if sink.is_folded:
+                sums = weight.double().reshape(outputs, per_group, -1).sum(2)
+                transaction.touch(module.bias)
+                module.bias.copy_(module.bias.double() + (sums * constant).sum(1))
+        transaction.write(weight, columns, 0.0, outgoing=True)
+
+
+def _incoming(layer: Any, units: Tensor) -> Any:
+    """The index of the weights of some units, ``(units, in, ...)``."""
+    units = units.to(layer.weight.device)
+    if not isinstance(layer, TRANSPOSED):
+        return units
+    inputs, per_group = layer.weight.shape[:2]
+    rows = inputs // layer.groups
+    at = units[:, None] // per_group * rows + torch.arange(rows, device=units.device)
+    return at, (units % per_group)[:, None]
 
 
 def _draw_incoming(
@@ -311,29 +398,17 @@ def _draw_incoming(
     init: Callable[..., Any],
     generator: torch.Generator,
 ) -> None:
-    layer, units = plan.layer, plan.units
-    weight = layer.weight
-    exact = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    layer, index = plan.layer, _incoming(plan.layer, plan.units)
+    exact = torch.promote_types(layer.weight.dtype, torch.float32)
+    fresh = torch.empty(layer.weight[index].shape, dtype=exact, device=generator.device)
+    init(fresh, generator=generator)
     if isinstance(layer, TRANSPOSED):
-        inputs, per_group, *kernel = weight.shape
-        rows = inputs // layer.groups
-        fresh = torch.empty(len(units), rows, *kernel, dtype=exact, device=generator.device)
-        init(fresh, generator=generator)
         # An output position is reached by one tap in `stride`, so the fan-in is that much smaller.
         fresh *= prod(layer.stride) ** 0.5
-        at = units[:, None] // per_group * rows + torch.arange(rows)
-        index: Any = (at.to(weight.device), (units % per_group)[:, None].to(weight.device))
-    else:
-        fresh = torch.empty(len(units), *weight.shape[1:], dtype=exact, device=generator.device)
-        init(fresh, generator=generator)
-        index = units.to(weight.device)
     if not bool(fresh.isfinite().all()):
         raise ValueError("init returned weights that are not finite")
-    if plan.reads_rectifier and plan.before is None:
-        flat = fresh.flatten(1)
-        flat *= torch.where(flat.sum(1, keepdim=True) < 0, -1.0, 1.0)
-    transaction.write(weight, index, fresh, outgoing=False)
-    at = units.to(weight.device)
+    transaction.write(layer.weight, index, fresh, outgoing=False)
+    at = plan.units.to(layer.weight.device)
     if layer.bias is not None:
         transaction.write(layer.bias, at, 0.0, outgoing=False)
     if plan.before is not None:
@@ -341,9 +416,6 @@ def _draw_incoming(
         if norm.affine:
             transaction.write(norm.weight, at, 1.0, outgoing=False)
             transaction.write(norm.bias, at, 0.0, outgoing=False)
-        if norm.running_mean is not None:
-            transaction.touch(norm.running_mean)[at] = 0.0
-            transaction.touch(norm.running_var)[at] = 1.0
 
 
 def _generator() -> torch.Generator:
@@ -353,79 +425,35 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _center(model: nn.Module, plans: list[Plan], batch: Any, transaction: _Transaction) -> None:
-    """Give the fresh units mean 0 on a batch, layer after layer in one pass."""
-    statistics: list[tuple[Tensor, Tensor]] = []
-    handles = []
-    for plan in plans:
-        if plan.before is None:
-            handles.append(plan.layer.register_forward_hook(_layer_centering(plan, transaction)))
-        elif plan.before[1].running_mean is not None:
-            hook = _norm_centering(plan, statistics)
-            handles.append(plan.before[1].register_forward_pre_hook(hook))
-    try:
-        with undisturbed(model):
-            model.eval()
-            device = next(model.parameters()).device
-            if isinstance(batch, Mapping):
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-            else:
-                inputs = batch[0] if isinstance(batch, tuple | list) else batch
-                model(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for buffer, value in statistics:
-        transaction.touch(buffer).copy_(value)
-
-
-def _norm_centering(plan: Plan, statistics: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
-    def hook(module: Any, args: tuple[Any, ...]) -> None:
-        at = plan.units.to(args[0].device)
-        values = args[0].index_select(1, at).double().transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(values, dim=1, correction=0)
-        _check_finite(plan, mean)
-        for buffer, value in ((module.running_mean, mean), (module.running_var, variance)):
-            buffer[at] = value.to(buffer.dtype)
-            statistics.append((buffer, buffer.clone()))  # the pass itself leaves buffers alone
-
-    return hook
-
-
-def _layer_centering(plan: Plan, transaction: _Transaction) -> Callable[..., Tensor]:
-    dim = -1 if isinstance(plan.layer, nn.Linear) else 1
-
-    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        at = plan.units.to(output.device)
+def _centering(
+    plan: Plan, transaction: _Transaction, statistics: list[tuple[Tensor, Tensor]]
+) -> Callable[..., Tensor | None]:
+    def hook(layer: Any, args: Any, output: Tensor) -> Tensor | None:
+        at, dim = plan.units.to(output.device), unit_dim(layer)
         values = output.index_select(dim, at)
-        mean = values.double().transpose(0, dim).flatten(1).mean(1)
-        _check_finite(plan, mean)
-        shape = [1] * values.dim()
-        shape[dim] = -1
-        if module.bias is not None:
-            transaction.write(module.bias, at, -mean, outgoing=False)
-            values = values - mean.to(values.dtype).reshape(shape)
+        variance, mean = torch.var_mean(
+            values.double().movedim(dim, 0).flatten(1), dim=1, correction=0
+        )
+        if plan.before is not None:
+            norm = plan.before[1]
+            if norm.running_mean is not None:
+                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+                    buffer[at] = value.to(buffer.dtype)
+                    statistics.append((buffer, buffer.clone()))
+            return None
+        shifted = values.movedim(dim, -1)
+        if layer.bias is not None:
+            transaction.write(layer.bias, at, -mean, outgoing=False)
+            shifted = shifted - mean.to(values.dtype)
         else:
-            sign = torch.where(mean < 0, -1.0, 1.0)
-            weight, per_group = module.weight, module.weight.shape[1]
-            if isinstance(module, TRANSPOSED):
-                rows = weight.shape[0] // module.groups
-                reading = at[:, None] // per_group * rows + torch.arange(rows, device=at.device)
-                index: Any = (reading, (at % per_group)[:, None])
-                signs = sign.reshape(-1, 1, *[1] * (weight.dim() - 2))
-            else:
-                index = at
-                signs = sign.reshape(-1, *[1] * (weight.dim() - 1))
-            transaction.write(weight, index, weight[index] * signs.to(weight.dtype), outgoing=False)
-            values = values * sign.to(values.dtype).reshape(shape)
-        return output.index_copy(dim, at, values)
+            sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
+            index = _incoming(layer, plan.units)
+            weight = layer.weight[index] * sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
+            transaction.write(layer.weight, index, weight, outgoing=False)
+            shifted = shifted * sign
+        return output.index_copy(dim, at, shifted.movedim(-1, dim))
 
     return hook
-
-
-def _check_finite(plan: Plan, mean: Tensor) -> None:
-    if not bool(mean.isfinite().all()):
-        raise ValueError(f"on the batch the pre-activations of {plan.producer!r} are not finite")
 
 
 # --- the optimizer ----------------------------------------------------------------------------
@@ -447,8 +475,10 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
 
 
 def _reset_state(
-    optimizer: torch.optim.Optimizer, second: OptimizerState, transaction: _Transaction
+    optimizer: torch.optim.Optimizer | None, second: OptimizerState, transaction: _Transaction
 ) -> None:
+    if optimizer is None:
+        return
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for parameter, fresh, outgoing in transaction.fresh.values():
         if parameter not in optimizer.state:
