@@ -188,11 +188,15 @@ def test_every_public_name_has_an_example_that_runs(monkeypatch):
     assert len(shown) == 1
 
 
+def readme_example():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(r"## The package in three lines\n\n```python\n(.*?)```", text, re.S)[1]
+
+
 def test_the_readme_s_example_runs():
     """Three lines, on a model with a dead unit: it is found and revived."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"## The package in three lines\n\n```python\n(.*?)```", text, re.S)[1]
-    assert len([line for line in code.splitlines() if line and "import" not in line]) == 2
+    code = readme_example()
+    assert len([line for line in code.splitlines() if line]) == 3
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
     with torch.no_grad():
         model[0].bias.copy_(torch.tensor([9.0, 9.0, -99.0, 9.0, 9.0, 9.0, 9.0, 9.0]))
@@ -327,15 +331,20 @@ def test_an_installed_wheel_has_what_it_reads(tmp_path):
     rows = json.loads(run("-m", "relubook.claims", "--json"))
     assert rows == ledger()
     code = (
-        "import sys, torch, relubook as rb\n"
+        "import sys, torch, relubook\n"
         "from pathlib import Path\n"
         "from relubook.evidence.results import load\n"
-        "assert Path(rb.__file__).is_relative_to(sys.argv[1]), rb.__file__\n"
+        "assert Path(relubook.__file__).is_relative_to(sys.argv[1]), relubook.__file__\n"
         "for name in sys.argv[2:]:\n"
         "    assert load(name).cells, name\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU())\n"
-        "print(rb.diagnose(model, torch.randn(20, 3)))\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))\n"
+        "optimizer = torch.optim.Adam(model.parameters())\n"
+        "batch = torch.randn(20, 3)\n"
+        "loader = [batch]\n"
+        f"{readme_example()}\n"
+        "print(report['1'].inputs)\n"
     )
     stored = [path.stem for path in (ROOT / "book" / "results").glob("*.json")]
     assert stored
-    assert "20 inputs" in run("-c", code, target, *stored)
+    assert run("-c", code, target, *stored) == "20\n"
