@@ -98,7 +98,7 @@ def class_signature(node: ast.ClassDef) -> str:
                 given = {word.arg: word.value for word in value.keywords}
                 if "init" in given:
                     continue
-                value = given.get("default", ast.Constant(...))
+                value = given.get("default", given.get("default_factory") and ast.Constant(...))
             fields.append(name if value is None else f"{name}={ast.unparse(value)}")
     return f"({', '.join(fields)})"
 

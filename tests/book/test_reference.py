@@ -55,7 +55,7 @@ class Pair(NamedTuple):
 class Settings:
     """Settings."""
 
-    name: str
+    name: str = field(repr=False)
     options: dict = field(default_factory=dict)
     rate: float = field(default=0.1)
     made: int = field(init=False)
