@@ -53,13 +53,16 @@ def public(path: Path) -> dict[str, tuple[Definition, str]]:
     """Return what a module lists in ``__all__`` and defines, itself or in a private module."""
     tree = parse(path)
     own = definitions(tree)
+    names: list[str] = []
     for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == "__all__":
+            names += ast.literal_eval(node.value)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("relubook."):
             home = PACKAGE.parent / f"{node.module.replace('.', '/')}.py"
             if home.stem.startswith("_") and home.exists():
                 theirs = definitions(parse(home))
                 own |= {a.name: theirs[a.name] for a in node.names if a.name in theirs}
-    names = ast.literal_eval(own["__all__"][0].value) if "__all__" in own else []
     return {name: own[name] for name in names if name in own and own[name][1]}
 
 
@@ -95,7 +98,7 @@ def class_signature(node: ast.ClassDef) -> str:
                 given = {word.arg: word.value for word in value.keywords}
                 if "init" in given:
                     continue
-                value = given.get("default", ast.Constant(...))
+                value = given.get("default", given.get("default_factory") and ast.Constant(...))
             fields.append(name if value is None else f"{name}={ast.unparse(value)}")
     return f"({', '.join(fields)})"
 

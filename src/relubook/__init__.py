@@ -17,7 +17,7 @@ _MODULES = {"activations": "layers.activations", "initializers": "layers.initial
 
 _HOME = {
     "Maxout": "layers.maxout",
-    "Recipe": "training.stack",
+    "Recipe": "training.recipe",
     "Watch": "units.watch",
     "certify_dead": "units.certificate",
     "claim": "evidence.claims",
