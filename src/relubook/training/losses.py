@@ -56,7 +56,7 @@ def loss_function(loss: Any, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def of_each_member(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a loss of outputs and targets (members, batch, ...) with one number a member."""
     if loss in ELEMENTWISE:
-        return lambda out, y: loss(out, y, reduction="none").flatten(1).mean(1)  # type: ignore[call-arg]
+        return lambda out, y: loss(out, y, reduction="none").flatten(1).mean(1)
     if loss is not F.cross_entropy:
         return torch.func.vmap(loss)
 

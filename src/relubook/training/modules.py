@@ -59,8 +59,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.members, self.in_features, self.out_features = members, in_features, out_features
         self.weight = nn.Parameter(torch.zeros(members, in_features, out_features, dtype=dtype))
-        shift = nn.Parameter(torch.zeros(members, out_features, dtype=dtype)) if bias else None
-        self.register_parameter("bias", shift)
+        self.bias = nn.Parameter(torch.zeros(members, out_features, dtype=dtype)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (members, batch, in) or (batch, in), shared by all, to (members, batch, out)."""

@@ -214,7 +214,7 @@ class Stack(nn.Module):
         """Take over all numbers of a stack with as many members."""
         self.load_state_dict(other.state_dict())
         for mine, theirs in zip(self.modules(), other.modules(), strict=True):
-            if isinstance(mine, Drawing):
+            if isinstance(mine, Drawing) and isinstance(theirs, Drawing):
                 mine.generators = theirs.generators
 
     def _hold(self, stacks: "Sequence[Stack]", cut: slice) -> "Stack":
@@ -223,7 +223,7 @@ class Stack(nn.Module):
             for kind in ("_parameters", "_buffers"):
                 store = getattr(module, kind)
                 for name, value in store.items():
-                    if value is not None and value.dim():
+                    if value is not None:
                         parts = [getattr(source, kind)[name].detach() for source in sources]
                         new = torch.cat(parts)[cut].clone()
                         trained = isinstance(value, nn.Parameter)

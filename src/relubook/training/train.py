@@ -28,7 +28,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relubook._optional import require
 from relubook.training.data import MemberData
@@ -117,7 +117,9 @@ def train(
         raise ValueError(f"batch_size must be at most {data.n}, the examples, not {batch_size}")
     if batch_seed is not None:
         _integer("batch_seed", batch_seed)
-    if clip is not None and not (clip > 0 and math.isfinite(clip)):
+    if 1 in (batch_size, data.n) and any(isinstance(m, nn.BatchNorm1d) for m in stack.modules()):
+        raise ValueError("batch_size must be at least 2 for batch normalization, not 1")
+    if clip is not None and not (isinstance(clip, int | float) and 0 < clip < math.inf):
         raise ValueError(f"clip must be a positive finite number, not {clip!r}")
     for name, function in (("each_step", each_step), ("scheduler", scheduler)):
         if function is not None and not callable(function):
@@ -140,7 +142,9 @@ def train(
         made = make_optimizer(make, numbers.groups(rates.tolist(), elementwise), options)
         schedule = None if scheduler is None else scheduler(made)
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("scheduler must go by the step: ReduceLROnPlateau goes by one loss")
+            raise ValueError("scheduler must go by the step, but ReduceLROnPlateau goes by a loss")
+        if schedule is not None and not hasattr(schedule, "step"):
+            raise TypeError(f"scheduler must make a torch.optim.lr_scheduler, not {schedule!r}")
         trainer = _Trainer(stack, numbers, data, check)
         batches = data.batches(stack.seeds, batch_size, batch_seed)
         trainer.measure(0)
