@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
 from relubook.units._numbers import core
@@ -42,7 +43,8 @@ class _Count:
     def reset(self) -> None:
         """Forget the pass under way."""
         self.seen = 0
-        self.reached: set[int] | None = set()
+        self.reached: Tensor | None = None
+        self.mixed = False
         self.fired_now: Tensor | None = None
 
 
@@ -60,9 +62,7 @@ class _Counter(SiteFinder):
         count = self.counts.get(site.key)
         if count is None:
             count = self.counts[site.key] = _Count(site, x)
-            alike = [
-                k for k, key in enumerate(self.order) if self.counts[key].site.base == site.base
-            ]
+            alike = (k for k, key in enumerate(self.order) if key[0] == site.key[0])
             self.order.insert(max([self._last, *alike]) + 1, site.key)
         elif count.fired.numel() != site.units:
             raise ValueError(
@@ -91,14 +91,15 @@ class _Counter(SiteFinder):
     def _count(self, count: _Count, site: Site, fires: Tensor) -> None:
         if site.inputs is None:
             count.fired += site.per_unit(fires, "sum")
-            count.reached = None
+            count.mixed = True
             return
         per_input = site.per_input(fires, self.batch_size)
         count.fired += per_input.sum(0)
         fired = per_input > 0
         count.fired_now = fired if count.fired_now is None else count.fired_now | fired
-        if count.reached is not None:
-            count.reached |= set(core(site.inputs).unique().tolist())
+        if count.reached is None:
+            count.reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
+        count.reached[core(site.inputs).flatten()] = True
 
     def end(self) -> None:
         """Close the pass over one batch."""
@@ -106,14 +107,14 @@ class _Counter(SiteFinder):
             count.observations += count.seen
             if not count.seen:
                 continue
-            if count.reached is None or count.fired_now is None:
+            if count.mixed or count.reached is None or count.fired_now is None:
                 count.inputs += min(self.batch_size, count.seen)
                 count.fired_inputs = None
             elif not count.site.data:  # the same in every pass
                 count.inputs = 1
                 count.fired_inputs = (count.fired > 0).long()
             else:
-                count.inputs += len(count.reached)
+                count.inputs += int(count.reached.sum())
                 if count.fired_inputs is not None:
                     count.fired_inputs += count.fired_now.sum(0)
             count.reset()
@@ -141,17 +142,18 @@ def diagnose(
 
     Every rectifier is found by call site, however it is written: ``nn.ReLU``, ``F.relu``,
     ``torch.relu``, ``x.relu()``, ``relu_``, ``clamp(min=0)``, ``clamp_min(0)``, ``threshold``,
-    ``torch.maximum(x, 0)``, ReLU6, hardtanh with a lower limit of 0, hardswish; in place, inside
+    ``torch.maximum(x, 0)``, ReLU6, hardtanh with a lower limit of 0, hardswish, hardsigmoid,
+    hardshrink, softshrink; in place, inside
     ``nn.RNN(nonlinearity="relu")``, ``nn.TransformerEncoderLayer``, scripted, checkpointed and
     compiled parts (which run eagerly for the occasion), and inside ``autograd.Function``.
     Arithmetic that amounts to one, such as ``x * (x > 0)``, cannot be told from other arithmetic.
 
     A site's *name* is the module's qualified name, such as ``"layer1.0.relu"``; that of a
     function's call is the name of the module that runs it and the operator:
-    ``"layer1.0.relu()"``, or ``"relu()"`` in the model itself. Where a name is called more than
-    once in a forward pass, ``#1``, ``#2`` and so on number the calls in the order in which they
-    were first seen. The rectifiers inside ``nn.RNN`` are named as its weights are, ``"rnn.l0"``
-    or ``"rnn.l1_reverse"``; time steps count as positions.
+    ``"layer1.0.relu()"``, or ``"relu()"`` in the model itself. A site is one place in the code fed
+    by one layer; its calls in a loop, such as the time steps of a cell, count as positions. Where
+    several sites have one name, ``#1``, ``#2`` and so on number them as they were first seen. The
+    rectifiers inside ``nn.RNN`` are named as its weights are, ``"rnn.l0"`` or ``"rnn.l1_reverse"``.
 
     *Units* are the channels of a convolution, whose positions count as observations, and the
     features of a linear layer, whatever the leading dimensions. They are followed from the layer
@@ -186,11 +188,13 @@ def diagnose(
         exception. What a forward pass writes elsewhere, such as a plain Python attribute, stays.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``data`` or a batch is of an unknown kind.
+        TypeError: If ``model`` is no module, or ``data`` or a batch is of an unknown kind, or
+            looks like inputs and targets, or holds a key that the model does not take.
         ValueError: If the data hold no batch, a batch of size 0, or (``nonfinite="raise"``) NaN or
             infinity; if the number of inputs cannot be told; if no rectifier was called; if a
             name in ``unit_dim`` does not exist; or if the model has lazy parameters.
-        AmbiguousUnitsError: If nothing tells along which dimension the units of a site lie.
+        AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site. A
+            note of the report names those that were skipped where others can be told.
         RuntimeError: If the model is compiled and torch is older than 2.6.
 
     Example:
@@ -376,13 +380,7 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value
     if hasattr(value, "to"):
         return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value
+    return tree_map_only(Tensor, lambda x: x.to(device), value)
 
 
 def _notes(counter: _Counter, unit_dim: Any) -> list[str]:

@@ -8,11 +8,9 @@ checkpointed part.
 import fnmatch
 import math
 import os
-import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -23,8 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from relubook.units._kinds import CANDIDATES, COMPOSED, Kind, classify, is_zero
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
+from relubook.units._undisturbed import is_compiled, undisturbed, unwrapped
 
-__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "undisturbed"]
+__all__ = [
+    "AmbiguousUnitsError",
+    "Site",
+    "SiteFinder",
+    "is_compiled",
+    "undisturbed",
+    "unwrapped",
+]
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 
@@ -105,6 +111,8 @@ def placed(units: Tensor, hint: int) -> tuple[int, tuple[int, ...], Tensor | Non
         order = None if single or not units.ndim else torch.arange(units.shape[dim], device="cpu")
         return 1, (dim,) * min(units.ndim, 1), order
     ids = small.flatten()
+    if torch.equal(ids, torch.arange(ids.numel(), device="cpu")):
+        return ids.numel(), dims, None
     labels, counts = ids.unique(return_counts=True)
     if len(labels) == ids.numel() or bool((counts != counts[0]).any()):
         return ids.numel(), dims, None
@@ -115,11 +123,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists, mappings and plain objects that hold some."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple | set):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
     elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         for item in vars(value).values():
@@ -130,27 +135,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def public_name(name: str) -> str:
     """Return a module's qualified name as written before ``torch.compile`` wrapped it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``'s and the data-parallel wrappers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(
-            model, nn.DataParallel | torch.nn.parallel.DistributedDataParallel
-        ) and isinstance(model.module, nn.Module):
-            model = model.module
-        else:
-            return model
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` has been applied to the model or to a part of it."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -491,78 +475,3 @@ class SiteFinder(TorchDispatchMode):
                 self.used_overrides.add(pattern)
                 return pattern
         return None
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run forward passes of a model and leave no trace, whatever happens inside.
-
-    Turns off gradients, autocast's cache, the fused path of ``nn.TransformerEncoderLayer`` and
-    ``torch.compile``; restores these, each module's training flag, all buffers, and the random
-    state of Python, NumPy (if imported), torch, and the accelerators in use.
-
-    Args:
-        model: The model.
-
-    Raises:
-        RuntimeError: If a part of the model is compiled and torch is older than 2.6, which cannot
-            switch to eager execution.
-    """
-    training = [  # a frozen scripted module has no such flag
-        (module, module.training) for module in model.modules() if hasattr(module, "training")
-    ]
-    buffers: list[tuple[nn.Module | None, str, Tensor | None, Tensor | None]] = []
-    for module in model.modules():
-        scripted = isinstance(module, torch.jit.ScriptModule)
-        held = module.named_buffers(recurse=False) if scripted else module._buffers.items()
-        for name, buffer in held:
-            copy = None if buffer is None else buffer.clone()
-            buffers.append((None if scripted else module, name, buffer, copy))
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    torch_state = torch.get_rng_state()
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    cuda_states = torch.cuda.get_rng_state_all() if cuda else None
-    mps = torch.backends.mps.is_available()
-    mps_state = torch.mps.get_rng_state() if mps else None
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    cached = torch.is_autocast_cache_enabled()
-    with ExitStack() as stack:
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it is slow
-            pass
-        elif hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        elif is_compiled(model):
-            raise RuntimeError(
-                "a part of the model is compiled, and this torch cannot run it eagerly: "
-                "use torch 2.6 or newer, or the model as it was before torch.compile"
-            )
-        if cuda and any(
-            isinstance(module, nn.RNN) and module.nonlinearity == "relu"
-            for module in model.modules()
-        ):  # cuDNN's fused kernel hides the rectifier
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(torch.no_grad())
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            torch.set_autocast_cache_enabled(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            torch.set_autocast_cache_enabled(cached)
-            for module, flag in training:
-                module.training = flag
-            for owner, name, buffer, copy in buffers:
-                if owner is not None:
-                    owner._buffers[name] = buffer
-                if buffer is not None and copy is not None:
-                    buffer.copy_(copy)
-            random.setstate(python_state)
-            if numpy is not None and numpy_state is not None:
-                numpy.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
-            if cuda_states is not None:
-                torch.cuda.set_rng_state_all(cuda_states)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
