@@ -51,7 +51,6 @@ def benchmarks() -> list[dict]:
         ("silu", 10.0),
     ]
     return [
-        *(_entry(f"{n} / relu, alone (at least)", alone_ratio[n], low=bar) for n, bar in slow),
         *(_entry(f"{n} / relu, alone (at most)", alone_ratio[n], high=bar) for n, bar in fast),
         *(_entry(f"{n} / relu, training step (at most)", step_ratio[n], high=2.0) for n, _ in slow),
     ]

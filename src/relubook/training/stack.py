@@ -76,17 +76,20 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
     Returns:
         Indices of the examples, shape (steps, batch_size).
     """
-    batches = batches_of(seed, n, batch_size)
-    rows = [next(batches) for _ in range(steps)]
+    batches = batches_of([seed], n, batch_size)
+    rows = [next(batches)[0] for _ in range(steps)]
     return torch.stack(rows) if rows else torch.empty(0, batch_size, dtype=torch.int64)
 
 
-def batches_of(seed: int, n: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield the batches of :func:`batch_order` for ever."""
-    generator = torch.Generator().manual_seed(stream(seed, "batches"))
+def batches_of(seeds: Sequence[int], n: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield the batches of :func:`batch_order` for ever, those of all seeds at once.
+
+    Each has the shape (seeds, batch_size), and the seeds side by side in memory.
+    """
+    generators = [torch.Generator().manual_seed(stream(seed, "batches")) for seed in seeds]
     while True:
-        whole = torch.randperm(n, generator=generator)[: n // batch_size * batch_size]
-        yield from whole.split(batch_size)
+        epoch = torch.stack([torch.randperm(n, generator=g) for g in generators], 1)
+        yield from (part.t() for part in epoch[: n // batch_size * batch_size].split(batch_size))
 
 
 @contextlib.contextmanager
