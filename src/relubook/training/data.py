@@ -46,7 +46,7 @@ class MemberData:
         self.n = n = x.shape[1] if self.own else len(x)
         self.x = x.to(like) if x.is_floating_point() else x.to(like.device)
         with kept_modes(stack), torch.no_grad():
-            out = stack.eval()(self.x[:, :1] if self.own else self.x[:1])
+            out = stack.eval()(self.x[:, :2] if self.own else self.x[:2])
         exact = torch.promote_types(out.dtype, torch.float32)
         self.y = y.to(like.device, exact if y.is_floating_point() else None)
         fits = y.is_floating_point() and y.shape[1:] == out.shape[2:]
@@ -72,7 +72,7 @@ class MemberData:
         each = of_each_member(one)
         self.each = lambda out, y: each(out.to(exact), y)
         with torch.no_grad():
-            losses = self.each(out, self.rows(slice(0, 1))[1])
+            losses = self.each(out, self.rows(slice(0, 2))[1])
         if losses.shape != (self.members,):
             raise ValueError(
                 "loss must return one number for one network's outputs and targets, "
