@@ -48,6 +48,9 @@ KINDS = {
     "batch": {"normalization": "batch"},
     "layer": {"normalization": "layer"},
     "batch with a momentum": {"normalization": partial(nn.BatchNorm1d, momentum=0.5)},
+    "batch without state": {
+        "normalization": partial(nn.BatchNorm1d, affine=False, track_running_stats=False)
+    },
     "RMS": {"normalization": nn.RMSNorm},
     "dropout": {"dropout": 0.3},
     **{form: {"residual": form} for form in RESIDUALS[1:]},

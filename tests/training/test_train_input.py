@@ -100,6 +100,7 @@ def test_bad_input(changes, message):
         ({"x": X.numpy()}, "x must be a tensor, not ndarray"),
         ({"y": Y.tolist()}, "y must be a tensor, not list"),
         ({"validation": (X.numpy(), Y)}, "validation x must be a tensor"),
+        ({"validation": X}, r"validation must be a pair \(x, y\), not Tensor"),
         ({"x": X.long()}, "must be floating point"),
         ({"loss": "mse"}, "y must hold floating-point targets, not torch.int64"),
         ({"loss": 3}, "loss must be a name or a function, not 3"),

@@ -56,8 +56,8 @@ class Recipe:
         outputs: Number of outputs.
         hidden: Number of hidden layers when ``widths`` is one number; 1 by default.
         activation: A name, a class, a module (each layer gets a copy) or a function from tensor
-            to tensor of the same shape; see :func:`relubook.layers.activations.activation`.
-            Parameters of a module are trained with the network.
+            to tensor of the same shape, which mixes units at most, in the last dimension; see
+            :func:`relubook.layers.activations.activation`. Parameters of a module are trained.
         activation_options: Its parameters, such as ``{"negative_slope": 0.1}``.
         initializer: A name or a function; see
             :func:`relubook.layers.initializers.initializer`. By default what the registry has for
@@ -130,12 +130,9 @@ class Recipe:
             self._check_layer(width)
 
     def _check_layer(self, width: int) -> None:
-        x, names = (
-            torch.zeros(2, width * self.pieces),
-            {"norm": "normalization", "act": "activation"},
-        )
+        x = torch.zeros(2, width * self.pieces)
         for kind, module in self._after(width * self.pieces).items():
-            name = names.get(kind, kind)
+            name = {"norm": "normalization", "act": "activation"}.get(kind, kind)
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must make a module, not {module!r}")
             try:
@@ -200,16 +197,7 @@ class Recipe:
     ) -> "RecipeStack":
         """Build the networks of many seeds as one :class:`relubook.training.stack.RecipeStack`.
 
-        Args:
-            seeds: The members' seeds; a number m stands for ``range(m)``.
-            dtype: Type of the parameters; torch's default type by default.
-
-        Returns:
-            The stack; member i equals ``single(seeds[i])``.
-
-        Raises:
-            ValueError: If there is no member.
-            TypeError: If a seed is no integer.
+        Member i equals ``single(seeds[i])``; a number m as ``seeds`` stands for ``range(m)``.
         """
         from relubook.training.stack import RecipeStack
 
@@ -292,16 +280,9 @@ def wire(
     x: Tensor,
     seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Run the modules ``linear1, norm1, act1, dropout1, linear2, ...`` of a network.
+    """Run ``linear1, norm1, act1, dropout1, linear2, ...`` of a network in a residual form.
 
-    Args:
-        network: What has them.
-        residual: One of :data:`RESIDUALS`.
-        x: Inputs.
-        seen: Is called with pre-activations and outputs of each activation.
-
-    Returns:
-        What the last linear map returns.
+    ``seen`` is called with pre-activations and outputs of each activation.
     """
     made = network._modules
     hidden = sum(name.startswith("act") for name in made)
@@ -316,19 +297,17 @@ def wire(
             seen(z, h)
         return apply("dropout", layer, h)
 
+    x = apply("linear", 1, x)
+    h = x
     for layer in range(1, hidden + 1):
+        f = apply("norm", layer, x)
         if residual == "pre-activation":
-            branch = x if layer == 1 else activate(layer - 1, apply("norm", layer - 1, x))
-            f = apply("linear", layer, branch)
-            x = f if layer == 1 else x + f
+            branch = apply("linear", layer + 1, activate(layer, f))
+            x = x + branch if layer < hidden else branch
             continue
-        f = apply("norm", layer, apply("linear", layer, x))
-        if layer == 1 or residual == "none":
-            x = activate(layer, f)
-        elif residual == "relu(f)+x":
-            x = activate(layer, f) + x
+        if residual == "none" or layer == 1:
+            h = activate(layer, f)
         else:
-            x = activate(layer, f + x)
-    if residual == "pre-activation" and hidden:
-        x = activate(hidden, apply("norm", hidden, x))
-    return apply("linear", hidden + 1, x)
+            h = activate(layer, f) + h if residual == "relu(f)+x" else activate(layer, f + h)
+        x = apply("linear", layer + 1, h)
+    return x

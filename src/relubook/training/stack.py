@@ -14,7 +14,6 @@ Linear(in_features=3, out_features=8, bias=True)
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -32,21 +31,13 @@ from relubook.training.modules import (
 )
 from relubook.training.recipe import Recipe, wire
 
-__all__ = [
-    "RecipeStack",
-    "Stack",
-    "batch_order",
-    "member_seeds",
-    "stack_of",
-]
+__all__ = ["RecipeStack", "Stack", "batch_order", "member_seeds", "stack_of"]
 
 
 def member_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     """Return the members' seeds; a number m stands for ``range(m)``.
 
-    Raises:
-        TypeError: If a seed is no integer.
-        ValueError: If there is none.
+    Raises TypeError if a seed is no integer, ValueError if there is none.
     """
     if isinstance(seeds, bool) or not isinstance(seeds, int | Iterable):
         raise TypeError(f"seeds must be a number or integers, not {seeds!r}")
@@ -76,17 +67,20 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
     Returns:
         Indices of the examples, shape (steps, batch_size).
     """
-    batches = batches_of(seed, n, batch_size)
-    rows = [next(batches) for _ in range(steps)]
+    batches = batches_of([seed], n, batch_size)
+    rows = [next(batches)[0] for _ in range(steps)]
     return torch.stack(rows) if rows else torch.empty(0, batch_size, dtype=torch.int64)
 
 
-def batches_of(seed: int, n: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield the batches of :func:`batch_order` for ever."""
-    generator = torch.Generator().manual_seed(stream(seed, "batches"))
+def batches_of(seeds: Sequence[int], n: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield the batches of :func:`batch_order` for ever, those of all seeds at once.
+
+    Each has the shape (seeds, batch_size), and the seeds side by side in memory.
+    """
+    generators = [torch.Generator().manual_seed(stream(seed, "batches")) for seed in seeds]
     while True:
-        whole = torch.randperm(n, generator=generator)[: n // batch_size * batch_size]
-        yield from whole.split(batch_size)
+        epoch = torch.stack([torch.randperm(n, generator=g) for g in generators], 1)
+        yield from (part.t() for part in epoch[: n // batch_size * batch_size].split(batch_size))
 
 
 @contextlib.contextmanager
@@ -135,70 +129,44 @@ class Stack(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run all members.
-
-        Args:
-            input: Shape (batch, ...), shared by all, or (members, batch, ...).
-
-        Returns:
-            Shape (members, batch, ...).
-
-        Raises:
-            ValueError: If the shape does not fit.
-        """
+        """Map (batch, ...), shared by all, or (members, batch, ...) to (members, batch, ...)."""
         return self.run(input)
 
     def hidden(self, input: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return pre- and post-activations of every activation, in the order of the pass.
 
-        Args:
-            input: As for a forward pass.
-
-        Returns:
-            Pairs of tensors of shape (members, batch, ...), with their graph.
+        Each has the shape (members, batch, ...) and its graph.
         """
         pairs: list[tuple[Tensor, Tensor]] = []
         self.run(input, lambda pre, post: pairs.append((pre, post)))
         return pairs
 
     def member(self, index: int) -> nn.Module:
-        """Take one member out as a plain module, in the mode (training or not) of the stack.
+        """Copy one member out as a plain module, in the mode (training or not) of the stack.
 
-        Args:
-            index: Its place, from 0; negative numbers count from the end.
-
-        Returns:
-            A copy that shares nothing with the stack.
-
-        Raises:
-            IndexError: If there is no such member.
+        Raises IndexError if there is no such member; -1 is the last.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no member {index}; the stack has {len(self)}")
         network = self._single()
         plain = network.state_dict()
         turned = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, StackedLinear)}
-        for (name, old), (own, value) in zip(plain.items(), self.state_dict().items(), strict=True):
-            one = value.detach().cpu()
-            one = one[index] if one.dim() > old.dim() else one
+        for name, (own, value) in zip(plain, self.state_dict().items(), strict=True):
+            one = value.detach().cpu()[index]
             one = one.mT if own in turned else one
             plain[name] = one.clone(memory_format=torch.contiguous_format)
         network.load_state_dict(plain, assign=True)
         return network.train(self.training)
 
     def parameter_vectors(self) -> Tensor:
-        """Return every member's parameters as one vector.
-
-        Returns:
-            Shape (members, parameters), in the order of ``parameters_to_vector`` on
-            ``member(i)``.
-        """
+        """Return every member's parameters as ``parameters_to_vector`` has them: (members, n)."""
         parts = []
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 value = parameter.detach()
-                turned = isinstance(module, StackedLinear) and value.dim() == 3
-                parts.append((value.mT if turned else value).reshape(len(self), -1))
+                if isinstance(module, StackedLinear) and value.dim() == 3:
+                    value = value.mT
+                parts.append(value.reshape(len(self), -1))
         return torch.cat(parts, 1) if parts else torch.empty(len(self), 0)
 
     def range(self, start: int, stop: int) -> "Stack":
@@ -245,17 +213,8 @@ class RecipeStack(Stack):
 
     Modules carry the names of the plain network: ``linear1, norm1, act1, dropout1, linear2, ...``.
 
-    Args:
-        recipe: What each is made of.
-        seeds: The members' seeds; a number m stands for ``range(m)``.
-        dtype: Type of the parameters; torch's default type by default.
-
     Attributes:
-        recipe: The recipe.
-
-    Raises:
-        ValueError: If there is no member.
-        TypeError: If a seed is no integer.
+        recipe: What each member is made of.
     """
 
     def __init__(
@@ -280,7 +239,7 @@ class RecipeStack(Stack):
                 return StackedDropout(self.seeds, module.p, layer)
             if isinstance(module, nn.RReLU):
                 return StackedRReLU(self.seeds, module.lower, module.upper, layer)
-            if next(itertools.chain(module.parameters(), module.buffers()), None) is None:
+            if isinstance(module, MODULES) and not module.state_dict():
                 return module
             return StackedModule([module.to(dtype)] * members)
 
