@@ -55,8 +55,8 @@ class Work:
 
 WORKS = (
     Work("1000 networks 1-2x9-1", Recipe(1, 2, 1, hidden=9), 1000, 8, 60.0, 1.5),
-    Work("100 networks 64-32x4-10", Recipe(64, 32, 10, hidden=4), 100, 8, 4.0, 1.1),
-    Work("30 networks 64-64x9-10", Recipe(64, 64, 10, hidden=9), 30, 4, 2.0, 1.1),
+    Work("100 networks 64-32x4-10", Recipe(64, 32, 10, hidden=4), 100, 8, 6.0, 1.1),
+    Work("30 networks 64-64x9-10", Recipe(64, 64, 10, hidden=9), 30, 4, 4.0, 1.1),
 )
 
 
