@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SITE := _build/html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test check format notebooks record full serve bench lock address clean
+.PHONY: help book test check format notebooks elsewhere record full serve bench lock address clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -46,6 +46,9 @@ format: $(INSTALLED) ## format the code of the package, the tests and the chapte
 
 notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAMES="properties ...": some)
 	$(RUN) book/_tools/notebooks.py $(if $(FORCE),--force) $(NAMES)
+
+elsewhere: $(INSTALLED) ## run the chapters as on another processor, storing nothing (NAMES=...: some)
+	$(RUN) book/_tools/notebooks.py --elsewhere $(NAMES)
 
 record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the ledger
 	$(RUN) book/_tools/notebooks.py --record $(NAMES)

@@ -1,9 +1,10 @@
 """Execute, pair and stamp the chapters, so that stored outputs are what the text produces.
 
-Run by `make notebooks`.  A chapter is book/NAME.md (MyST text, the source) with book/NAME.ipynb
-(the same cells with their outputs).  A chapter whose stamp is fresh is not run again: its prose is
-synced, its outputs stay.  The stamp covers the chapter's code, the source of the package modules it
-imports, the wording of its claims and the versions of the libraries that decide its numbers.
+Run by `make notebooks`, and by `make elsewhere`, which stores nothing.  A chapter is book/NAME.md
+(MyST text, the source) with book/NAME.ipynb (the same cells with their outputs).  A chapter whose
+stamp is fresh is not run again: its prose is synced, its outputs stay.  The stamp covers the
+chapter's code, the source of the package modules it imports, the wording of its claims and the
+versions of the libraries that decide its numbers.
 """
 
 import argparse
@@ -41,6 +42,13 @@ LIBRARIES = (
     "seaborn",
 )
 CELL_TIMEOUT = 600
+# Without vector instructions last digits are those of another processor.
+ELSEWHERE = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OMP_NUM_THREADS": "1",
+}
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+?(?=[\s\"'#)@]|\.git\b|$)", re.M)
 COMMENT = re.compile(r"^ *#.*\n?", re.M)
@@ -162,35 +170,45 @@ def _coalesce(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return merged
 
 
-def execute(notebook: NotebookNode, *, record: bool) -> None:
-    """Run a notebook in place, from an empty folder, as a reader's Colab would."""
+def execute(notebook: NotebookNode, *, record: bool = False, elsewhere: bool = False) -> None:
+    """Run a notebook in place, from an empty folder, as a reader's Colab would.
+
+    Args:
+        notebook: Its outputs are replaced.
+        record: Write verdicts into the ledger instead of comparing them with it.
+        elsewhere: Run as on another processor, and go on after a cell that fails.
+    """
     environment = {
         "RELUBOOK_LEDGER": "record" if record else "check",
         "RELUBOOK_PROGRESS": "0",
         "RELUBOOK_SCALE": "quick",
         "PYTHONHASHSEED": "0",
-    }
+    } | (ELSEWHERE if elsewhere else {})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    before = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            NotebookClient(
-                notebook,
-                timeout=CELL_TIMEOUT,
-                kernel_name="python3",
-                record_timing=False,
-                extra_arguments=["--log-level=ERROR"],
-                resources={"metadata": {"path": folder}},
-            ).execute()
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT,
+            kernel_name="python3",
+            allow_errors=elsewhere,
+            record_timing=False,
+            extra_arguments=["--log-level=ERROR"],
+            resources={"metadata": {"path": folder}},
+        ).execute(env=os.environ | environment)
+
+
+def failures_elsewhere(chapter: Path) -> list[str]:
+    """Run a chapter as on another processor, store nothing, and name the cells that fail."""
+    notebook = read_source(chapter)
+    execute(notebook, elsewhere=True)
+    return [
+        f"cell {cell.execution_count}: {output.ename}: {output.evalue}"
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
 
 
 def normalize(notebook: NotebookNode, stamp: dict) -> NotebookNode:
@@ -246,20 +264,32 @@ def refresh(chapter: Path, *, force: bool = False, record: bool = False) -> str:
 
 
 def main() -> None:
-    """Refresh the chapters named, or all of them."""
+    """Refresh the chapters named, or all of them, or run them elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="chapters, such as properties; default: all")
-    parser.add_argument("--force", action="store_true", help="run fresh chapters too")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--force", action="store_true", help="run fresh chapters too")
+    kind.add_argument(
         "--record", action="store_true", help="write the measured verdicts into the ledger"
+    )
+    kind.add_argument(
+        "--elsewhere", action="store_true", help="run as on another processor, store nothing"
     )
     options = parser.parse_args()
     known = {path.stem: path for path in chapters()}
     if unknown := [name for name in options.names if name not in known]:
         sys.exit(f"no chapter named {', '.join(unknown)}; there are: {', '.join(known)}")
+    failed = []
     for name in options.names or known:
         print(f"{name}: ", end="", flush=True)
-        print(refresh(known[name], force=options.force, record=options.record))
+        if options.elsewhere:
+            found = failures_elsewhere(known[name])
+            print("\n  ".join(["fails", *found]) if found else "holds", flush=True)
+            failed += [name] if found else []
+        else:
+            print(refresh(known[name], force=options.force, record=options.record))
+    if failed:
+        sys.exit(f"not true on every processor: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -179,6 +179,14 @@ def test_length(chapter):
             assert len(cell.source.splitlines()) <= 22, cell.source
 
 
+@each_chapter
+def test_running_time(chapter):
+    """Read off what the stored run printed, since processors differ."""
+    last = code_cells(notebooks.read_notebook(chapter))[-1]
+    (seconds,) = re.findall(r"(\d+) seconds", last.outputs[0].text)
+    assert int(seconds) < 90
+
+
 def test_each_settled_claim_is_checked_once_in_its_chapter():
     places: dict[str, list[str]] = {}
     for name, chapter in CHAPTERS.items():
