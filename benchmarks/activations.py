@@ -28,30 +28,25 @@ def _step(name: str, width: int = 256, batch: int = 128):
     return step
 
 
-def _entry(name: str, ratio: float, *, low: float | None = None, high: float | None = None) -> dict:
-    holds = ratio >= low if low is not None else high is not None and ratio <= high
-    return {"name": name, "ratio": ratio, "bar": high if low is None else low, "holds": holds}
+def _at_most(name: str, ratio: float, bar: float) -> dict:
+    return {"name": f"{name} (at most)", "ratio": ratio, "bar": bar, "holds": ratio <= bar}
 
 
 def benchmarks() -> list[dict]:
     torch.set_num_threads(1)
     x = torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0))
-    names = ("relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "tanh", "squared_relu")
-    modules = {name: activation(name) for name in names}
+    bars = {"leaky_relu": 2.0, "squared_relu": 3.0, "elu": 15.0, "gelu": 15.0, "silu": 10.0}
+    modules = {name: activation(name) for name in ("relu", *bars)}
     alone = interleaved_seconds({n: lambda m=m: m(x) for n, m in modules.items()}, calls=50)
     steps = interleaved_seconds({n: _step(n) for n in ("relu", "sigmoid", "tanh")}, calls=5)
-    alone_ratio = {n: ratio_interval(alone[n], alone["relu"]).value for n in names[1:]}
-    step_ratio = {n: ratio_interval(steps[n], steps["relu"]).value for n in ("sigmoid", "tanh")}
-    slow = [("sigmoid", 2.0), ("tanh", 2.0)]
-    fast = [
-        ("leaky_relu", 2.0),
-        ("squared_relu", 3.0),
-        ("elu", 15.0),
-        ("gelu", 15.0),
-        ("silu", 10.0),
-    ]
+
+    def ratio(seconds: dict[str, list[float]], name: str) -> float:
+        return ratio_interval(seconds[name], seconds["relu"]).value
+
     return [
-        *(_entry(f"{n} / relu, alone (at least)", alone_ratio[n], low=bar) for n, bar in slow),
-        *(_entry(f"{n} / relu, alone (at most)", alone_ratio[n], high=bar) for n, bar in fast),
-        *(_entry(f"{n} / relu, training step (at most)", step_ratio[n], high=2.0) for n, _ in slow),
+        *(_at_most(f"{n} / relu, alone", ratio(alone, n), bar) for n, bar in bars.items()),
+        *(
+            _at_most(f"{n} / relu, training step", ratio(steps, n), 2.0)
+            for n in ("sigmoid", "tanh")
+        ),
     ]

@@ -9,9 +9,7 @@ from relubook.layers.maxout import (
     Maxout,
     MaxPieces,
     maxout,
-    maxout_absolute,
     maxout_leaky_relu,
-    maxout_relu,
 )
 
 
@@ -38,8 +36,8 @@ def test_is_the_maximum_over_linear_maps(inputs, units, pieces, bias):
 @pytest.mark.parametrize(
     ("build", "oracle"),
     [
-        (maxout_relu, F.relu),
-        (maxout_absolute, torch.abs),
+        (lambda m: maxout_leaky_relu(m, 0.0), F.relu),
+        (lambda m: maxout_leaky_relu(m, -1.0), torch.abs),
         (maxout_leaky_relu, F.leaky_relu),
         (lambda m: maxout_leaky_relu(m, 0.3), lambda x: F.leaky_relu(x, 0.3)),
         (lambda m: maxout_leaky_relu(m, -2.0), lambda x: F.leaky_relu(x, -2.0)),

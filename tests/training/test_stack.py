@@ -1,48 +1,42 @@
+import contextlib
+import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from recipe_kinds import KINDS
+from recipe_kinds import KINDS, SEEDS, Shifted, assert_same, fit, gen, make
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from relubook.layers.activations import activation_names
-from relubook.layers.initializers import initializer_names
-from relubook.layers.maxout import Maxout
-from relubook.training.stack import (
-    RESIDUALS,
-    Recipe,
-    StackedBatchNorm,
-    StackedDropout,
-    StackedLayerNorm,
-    StackedLinear,
-    StackedPReLU,
-    StackedRReLU,
-    keyed_uniform,
-)
+from relubook.training.stack import Stack, batch_order, kept_modes, member_seeds, stack_of
+from relubook.training.train import train
 
 RECIPES = KINDS | {
-    "narrow": {"widths": 2, "depth": 10},
+    "narrow": {"widths": 2, "hidden": 9},
     "constant bias": {"bias": 0.1},
+    "square": {"inputs": 6, "outputs": 6},
 }
 
 
-def recipe(**changes):
-    return Recipe(**{"inputs": 3, "widths": (6, 6, 6), "outputs": 4} | changes)
+def conv_net():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        nn.Flatten(), nn.Linear(4 * 6 * 6, 5), nn.Tanh(), nn.Linear(5, 3),
+    )  # fmt: skip
 
 
-def gen(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def images(n):
+    x = torch.randn(n, 1, 8, 8, generator=gen(0))
+    return x, torch.randint(3, (n,), generator=gen(1))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_member_equals_the_single_network_of_its_seed(name):
-    made = recipe(**RECIPES[name])
+    made = make(**RECIPES[name])
     seeds = [3, 0, 2**40 + 1]
     stack = made.stack(seeds, dtype=torch.float64)
-    x = torch.randn(9, 3, generator=gen(0), dtype=torch.float64)
+    x = torch.randn(9, made.inputs, generator=gen(0), dtype=torch.float64)
     stack.eval()
     out = stack(x)
     for i, seed in enumerate(seeds):
@@ -56,66 +50,35 @@ def test_member_equals_the_single_network_of_its_seed(name):
         assert torch.equal(vector, stack.parameter_vectors()[i])
         assert len(vector) == made.parameter_count
         torch.testing.assert_close(out[i], single(x), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(taken(x), single(x), rtol=0, atol=0)
     each = torch.stack([x, x + 1, -x])
     torch.testing.assert_close(stack(each)[1], stack.member(1)(x + 1), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", [*activation_names()])
-def test_every_activation(name):
-    made = recipe(activation=name)
-    stack = made.stack(2, dtype=torch.float64).eval()
-    x = torch.randn(9, 3, generator=gen(0), dtype=torch.float64)
-    torch.testing.assert_close(stack(x)[1], made.single(1, dtype=torch.float64).eval()(x))
-    assert type(stack.member(0).act1) is type(made._activation())
+def _keep(seen, module, args, out):
+    seen.append((args[0], out))
 
 
-@pytest.mark.parametrize("name", initializer_names())
-def test_every_initializer(name):
-    made = recipe(initializer=name)
-    assert torch.equal(
-        made.stack([5]).parameter_vectors()[0], parameters_to_vector(made.single(5).parameters())
-    )
-
-
-def test_default_draw_equals_a_sequential_of_nn_linear():
-    made = recipe(initializer="torch")
-    with torch.random.fork_rng():
-        torch.manual_seed(8)
-        oracle = nn.Sequential(
-            nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(),
-            nn.Linear(6, 4),
-        )  # fmt: skip
-    member = made.stack([1, 8]).member(1)
-    assert torch.equal(
-        parameters_to_vector(member.parameters()), parameters_to_vector(oracle.parameters())
-    )
-
-
-def test_residual_forms_by_hand():
-    x = torch.randn(5, 3, generator=gen(1), dtype=torch.float64)
-    for form in RESIDUALS[1:]:
-        net = recipe(residual=form, widths=(6, 6)).single(0, dtype=torch.float64)
-        if form == "pre-activation":
-            h = net.linear1(x)
-            h = (h + net.linear2(h.relu())).relu()
-        else:
-            h = net.linear1(x).relu()
-            f = net.linear2(h)
-            h = f.relu() + h if form == "relu(f)+x" else (f + h).relu()
-        torch.testing.assert_close(net(x), net.linear3(h))
-
-
-def test_maxout_member_is_the_maxout_layer():
-    made = recipe(activation="maxout", widths=(4,))
-    member = made.stack(1).member(0)
-    layer = Maxout(3, 4, 2, generator=gen(0))
-    assert torch.equal(member.linear1.weight, layer.weight)
-    x = torch.randn(5, 3, generator=gen(1))
-    assert torch.equal(member.act1(member.linear1(x)), layer(x))
+@pytest.mark.parametrize("name", RECIPES)
+def test_hidden_equals_hooks_on_the_members(name):
+    made = make(**RECIPES[name])
+    stack = made.stack(SEEDS, dtype=torch.float64).eval()
+    x = torch.randn(9, made.inputs, generator=gen(0), dtype=torch.float64)
+    pairs = stack.hidden(x)
+    assert len(pairs) == made.hidden
+    for i in range(len(SEEDS)):
+        member, seen = stack.member(i), []
+        for key, module in member.named_children():
+            if key.startswith("act"):
+                module.register_forward_hook(partial(_keep, seen))
+        member(x)
+        for ours, theirs in zip(pairs, seen, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a[i], b, rtol=1e-12, atol=1e-13)
 
 
 def test_stack_is_differentiable_and_members_are_apart():
-    stack = recipe().stack(3)
+    stack = make().stack(3)
     stack(torch.ones(2, 3))[1].sum().backward()
     grad = stack.linear1.weight.grad
     assert grad[1].abs().sum() > 0
@@ -125,142 +88,157 @@ def test_stack_is_differentiable_and_members_are_apart():
     assert stack.linear1.weight[1].abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    ("stacked", "plain"),
-    [
-        (StackedBatchNorm(3, 5, dtype=torch.float64), nn.BatchNorm1d),
-        (StackedLayerNorm(3, 5, dtype=torch.float64), nn.LayerNorm),
-    ],
-)
-def test_normalization_equals_torch_member_by_member(stacked, plain):
-    x = 2 * torch.randn(3, 8, 5, generator=gen(0), dtype=torch.float64) + 1
-    with torch.no_grad():
-        stacked.weight.uniform_(0.5, 2, generator=gen(1))
-        stacked.bias.uniform_(-1, 1, generator=gen(2))
-    for mode in (True, True, False):
-        for i in range(3):
-            oracle = plain(5, dtype=torch.float64)
-            oracle.load_state_dict(
-                {k: v[i] if v.dim() else v for k, v in stacked.state_dict().items()}
-            )
-            want = oracle.train(mode)(x[i])
-            if i == 0:
-                # All members at once; keep what the oracle starts from for the others.
-                before = {k: v.clone() for k, v in stacked.state_dict().items()}
-                got = stacked.train(mode)(x)
-                after = stacked.state_dict()
-                new = {k: v.clone() for k, v in after.items()}
-                stacked.load_state_dict(before)
-            torch.testing.assert_close(got[i], want, rtol=1e-12, atol=1e-13)
-            for key, value in oracle.state_dict().items():
-                state = new[key][i] if new[key].dim() else new[key]
-                torch.testing.assert_close(state, value, rtol=1e-12, atol=1e-14)
-        stacked.load_state_dict(new)
+@pytest.mark.parametrize("name", ["plain", "all", "rrelu", "module"])
+def test_ranges_and_joins(name):
+    made = make(**KINDS[name])
+    stack = made.stack(range(5))
+    x = torch.randn(8, 3, generator=gen(0))
+    stack(x)  # moves the generators and the running statistics
+    parts = [stack.range(0, 2), stack.range(2, 5)]
+    assert parts[1].seeds == (2, 3, 4)
+    assert str(parts[1].linear1).startswith("StackedLinear(members=3,")
+    joined = Stack.join(parts)
+    assert joined.seeds == stack.seeds
+    for key, value in stack.state_dict().items():
+        assert torch.equal(value, joined.state_dict()[key]), key
+        assert value.data_ptr() != joined.state_dict()[key].data_ptr()
+    want = stack(x)
+    torch.testing.assert_close(joined(x), want)
+    torch.testing.assert_close(torch.cat([part(x) for part in parts]), want)
 
 
-def test_prelu_and_rrelu_equal_torch():
-    x = torch.randn(2, 7, 5, generator=gen(0), dtype=torch.float64)
-    prelu = StackedPReLU(2, 5, 0.3, dtype=torch.float64)
-    oracle = nn.PReLU(5, 0.3, dtype=torch.float64)
-    assert torch.equal(prelu(x)[1], oracle(x[1]))
-    rrelu = StackedRReLU([0, 1])
-    assert torch.equal(rrelu.eval()(x), nn.RReLU().eval()(x))
-    slopes = rrelu.train()(x) / x
-    negative = slopes[x < 0]
-    assert (slopes[x > 0] == 1).all()
-    assert negative.min() >= 1 / 8
-    assert negative.max() <= 1 / 3
-    assert negative.std() > 0.04
-
-
-@settings(max_examples=20, deadline=None)
-@given(p=st.floats(0, 0.9), seed=st.integers(0, 10**6))
-def test_dropout_is_zero_or_rescaled_whoever_stands_beside(p, seed):
-    x = torch.rand(2, 30, 20, generator=gen(seed), dtype=torch.float64) + 0.5
-    out = StackedDropout([seed, seed + 1], p)(x)
-    kept = out != 0
-    torch.testing.assert_close(out[kept], (x / (1 - p))[kept])
-    assert abs(kept.double().mean() - (1 - p)) < 5 * (p * (1 - p) / 1200) ** 0.5 + 1e-9
-    assert torch.equal(StackedDropout([seed + 1], p)(x[1:]), out[1:])
-    assert torch.equal(StackedDropout([seed], p).eval()(x[:1]), x[:1])
-
-
-def test_keyed_draws_are_uniform_and_independent():
-    import scipy.stats
-
-    u = keyed_uniform(range(20), 3, 1, 5000)
-    assert scipy.stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
-    others = [
-        keyed_uniform(range(1, 21), 3, 1, 5000),
-        keyed_uniform(range(20), 4, 1, 5000),
-        keyed_uniform(range(20), 3, 2, 5000),
-        u.roll(1, 1),
-    ]
-    for other in others:
-        assert abs(torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1]) < 0.013
-    dropout = StackedDropout([4], 0.5)
-    first, second = (dropout(torch.ones(1, 10, 10)) for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-def test_stack_pickles_and_leaves_the_random_state():
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_go_on_as_the_stack_does(again):
     before = torch.get_rng_state()
-    made = recipe(normalization="batch", dropout=0.5, activation="rrelu")
+    made = make(normalization="batch", dropout=0.5, activation="rrelu")
     stack = made.stack(2)
     made.single(0)
-    stack(torch.ones(4, 3))
+    x = torch.randn(8, 3, generator=gen(0))
+    stack(x)
+    copied = again(stack)
+    assert torch.equal(copied.parameter_vectors(), stack.parameter_vectors())
+    assert copied.recipe == made
+    assert torch.equal(copied(x), stack(x))
     assert torch.equal(before, torch.get_rng_state())
-    again = pickle.loads(pickle.dumps(stack))
-    assert torch.equal(again.parameter_vectors(), stack.parameter_vectors())
+    conv = stack_of(conv_net, 2).eval()
+    assert torch.equal(again(conv)(images(4)[0]), conv(images(4)[0]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"inputs": 0}, "inputs.*0"),
-        ({"outputs": 0}, "outputs.*0"),
-        ({"widths": (4, 0)}, r"width.*\(4, 0\)"),
-        ({"widths": 4}, "depth="),
-        ({"depth": 7}, "3 widths make depth 4, not 7"),
-        ({"activation": "rellu"}, "unknown activation 'rellu'"),
-        ({"initializer": "he"}, "unknown initializer 'he'"),
-        ({"normalization": "group"}, "unknown normalization 'group'"),
-        ({"residual": "dense"}, "unknown residual 'dense'"),
-        ({"residual": "relu(f)+x", "widths": (4, 5)}, r"equal widths, not \(4, 5\)"),
-        ({"residual": "relu(f+x)", "activation": "maxout"}, "does not fit maxout"),
-        ({"dropout": 1.0}, "dropout.*1.0"),
-        ({"bias": float("nan")}, "bias.*nan"),
-        ({"bias": (1.0, 0.0)}, "low < high"),
-        ({"bias": False, "initializer": "rai"}, "bias is False"),
-        ({"activation": "maxout", "activation_options": {"pieces": 0}}, "pieces.*0"),
-        (
-            {"activation": "prelu", "activation_options": {"num_parameters": 5}},
-            "num_parameters=5 does not fit",
-        ),
-    ],
-)
-def test_bad_recipes(changes, message):
-    with pytest.raises(ValueError, match=message):
-        recipe(**changes)
+def test_stack_of_equals_its_members():
+    before = torch.get_rng_state()
+    stack = stack_of(conv_net, SEEDS)
+    assert torch.equal(before, torch.get_rng_state())
+    x, y = images(12)
+    train(stack, x, y, steps=3, lr=0.01)
+    stack.eval()
+    pairs = stack.hidden(x)
+    own = torch.stack([x, x + 1, -x])
+    for i in range(3):
+        member = stack.member(i)
+        assert torch.equal(parameters_to_vector(member.parameters()), stack.parameter_vectors()[i])
+        torch.testing.assert_close(stack(x)[i], member(x))
+        torch.testing.assert_close(stack(own)[i], member(own[i]))
+        pre = member[1](member[0](x))
+        torch.testing.assert_close(pairs[0][0][i], pre)
+        torch.testing.assert_close(pairs[0][1][i], pre.relu())
+        pre = member[5](pre.relu().flatten(1))
+        torch.testing.assert_close(pairs[1][0][i], pre)
+        torch.testing.assert_close(pairs[1][1][i], pre.tanh())
+    assert len(pairs) == 2
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in stack.modules())
 
 
-def test_unknown_options():
-    with pytest.raises(TypeError, match="slope"):
-        recipe(activation="leaky_relu", activation_options={"slope": 0.1})
-    with pytest.raises(TypeError, match="'slope'"):
-        recipe(activation="maxout", activation_options={"slope": 0.1})
-    with pytest.raises(TypeError, match="'gain'"):
-        recipe(initializer_options={"gain": 2.0})
+def test_a_stack_of_conv_nets_trains_as_each_alone():
+    """Dropout at p = 0, since its draws there come from the global generator."""
+
+    def build():
+        net = conv_net().double()
+        net[3].p = 0.0
+        return net
+
+    x, y = images(30)
+    x = x.double()
+    settings = {"steps": 12, "lr": 0.01, "batch_size": 10, "clip": 1.0}
+    run = train(stack_of(build, SEEDS), x, y, optimizer=torch.optim.SGD, momentum=0.9, **settings)
+    nets = []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        nets.append(
+            fit(build(), x, y, seed=seed, optimizer=torch.optim.SGD, momentum=0.9, **settings)[0]
+        )
+    assert_same(run, nets)
+    for i, net in enumerate(nets):
+        for (key, ours), theirs in zip(
+            run.member(i).state_dict().items(), net.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=key)
+        relu = net[2](net[1](net[0](x)))
+        assert torch.equal((relu == 0).all(0).all(-1).all(-1), run.died[0][i] >= 0)
+
+
+def test_dropout_of_a_stack_of_modules_differs_between_members():
+    stack = stack_of(lambda: nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)), [1, 1])
+    out = stack(torch.ones(50, 1))
+    assert 0.2 < (out[0] == out[1]).double().mean() < 0.8
+
+
+def test_dims_tell_own_inputs_from_shared_ones():
+    x = torch.randn(2, 7, 3, generator=gen(0))
+    build = lambda: nn.Sequential(nn.Linear(3, 4))  # noqa: E731
+    assert stack_of(build, 2)(x).shape == (2, 7, 4)
+    assert stack_of(build, 2, dims=3)(x).shape == (2, 2, 7, 4)
+    assert stack_of(Shifted, 2)(x).shape == (2, 2, 7, 3)
+
+
+def test_batches_are_permutations():
+    order = batch_order(5, 10, 3, 7)
+    assert order.shape == (7, 3)
+    for epoch in (order[:3], order[3:6]):
+        assert len(epoch.unique()) == 9
+    assert batch_order(5, 10, 3, 0).shape == (0, 3)
+    assert not torch.equal(order, batch_order(6, 10, 3, 7))
+
+
+def test_modes_are_kept_module_by_module():
+    net = conv_net()
+    net[1].eval()
+    with contextlib.suppress(KeyError), kept_modes(net):
+        net.eval()
+        raise KeyError
+    assert [m.training for m in net] == [True, False, *[True] * 6]
+
+
+@pytest.mark.parametrize("seeds", [[1.5], "3", True, None, [0, "1"], 2.0])
+def test_seeds_must_be_integers(seeds):
+    with pytest.raises(TypeError, match="must be.*integer"):
+        make().stack(seeds)
 
 
 def test_bad_stacks():
-    with pytest.raises(ValueError, match="at least one member"):
-        recipe().stack(0)
-    stack = recipe().stack(2)
+    assert member_seeds(torch.tensor([3, 4])) == (3, 4)
+    for none in (0, [], -1):
+        with pytest.raises(ValueError, match="at least one member"):
+            make().stack(none)
+    stack = make().stack(2)
     for shape in ((5, 4), (3,), (3, 5, 3)):
         with pytest.raises(ValueError, match=r"\(batch, 3\) or \(2, batch, 3\)"):
             stack(torch.ones(shape))
+    with pytest.raises(TypeError, match="floating point, not torch.int64"):
+        stack(torch.ones(5, 3, dtype=torch.int64))
     with pytest.raises(IndexError, match="no member 2"):
         stack.member(2)
-    with pytest.raises(ValueError, match="members must be at least 1"):
-        StackedLinear(0, 2, 2)
+    with pytest.raises(TypeError, match="build must return a module, not 3"):
+        stack_of(lambda: 3, 2)
+    widths = iter((3, 4))
+    with pytest.raises(ValueError, match="same shapes"):
+        stack_of(lambda: nn.Linear(2, next(widths)), 2)
+    with pytest.raises(ValueError, match=r"\(2, batch, ...\), not \(3, 5, 1, 8, 8\)"):
+        stack_of(conv_net, 2)(torch.ones(3, 5, 1, 8, 8))
+
+    class Tied(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(2, 2), nn.Linear(2, 2))
+            self[1].weight = self[0].weight
+
+    with pytest.raises(ValueError, match="no parameter may be shared"):
+        stack_of(Tied, 2)

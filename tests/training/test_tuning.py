@@ -1,13 +1,15 @@
+import math
+
 import pytest
 import torch
 
 from relubook.evidence.data import dataset
-from relubook.training.stack import Recipe
-from relubook.training.train import train_many
-from relubook.training.tuning import tune_rate
+from relubook.training.recipe import Recipe
+from relubook.training.train import train
+from relubook.training.tuning import best_rate, tune_rate
 
 DIGITS = dataset("digits")
-RECIPE = Recipe(64, 8, 10, depth=2)
+RECIPE = Recipe(64, 8, 10)
 SETTINGS = {"steps": 30, "batch_size": 32, "progress": False}
 
 
@@ -15,11 +17,10 @@ def test_the_rate_is_the_best_of_runs_rate_by_rate():
     rates = (1e-5, 0.01, 0.03, 3.0)
     best, score = tune_rate(RECIPE, DIGITS, rates, seeds=range(50, 53), **SETTINGS)
     by_hand = [
-        train_many(
-            RECIPE,
+        train(
+            RECIPE.stack(range(50, 53)),
             DIGITS.train.x,
             DIGITS.train.y,
-            seeds=range(50, 53),
             lr=rate,
             validation=(DIGITS.validation.x, DIGITS.validation.y),
             **SETTINGS,
@@ -36,6 +37,15 @@ def test_an_overflowed_network_scores_nothing():
     rates = (1e-3, 0.1, 1e30)
     _, score = tune_rate(RECIPE, DIGITS, rates, seeds=2, optimizer="sgd", **SETTINGS)
     assert score[2] == 0
+
+
+def test_best_rate():
+    assert best_rate([0.1, 0.2, 0.3], [1.0, 3.0, math.nan]) == 0.2
+    assert best_rate([0.1, 0.2, 0.3], torch.tensor([-math.inf, -3.0, -4.0])) == 0.2
+    with pytest.raises(ValueError, match=r"one score for each of 3 rates, not \(2,\)"):
+        best_rate([0.1, 0.2, 0.3], [1.0, 3.0])
+    with pytest.raises(ValueError, match="every score is NaN"):
+        best_rate([0.1, 0.2, 0.3], [math.nan] * 3)
 
 
 @pytest.mark.parametrize(

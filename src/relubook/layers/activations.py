@@ -15,8 +15,8 @@ from relubook.layers._options import canonical, check_options, nearest
 from relubook.layers.maxout import MaxPieces
 
 __all__ = [
-    "MODULES", "REGISTRY", "Activation", "Elementwise", "absolute", "activation",
-    "activation_names", "registered", "relu_with_derivative_at_zero", "squared_relu", "step",
+    "MODULES", "REGISTRY", "Activation", "Elementwise", "activation", "activation_names",
+    "registered", "relu_with_derivative_at_zero", "squared_relu", "step",
 ]  # fmt: skip
 
 
@@ -26,14 +26,6 @@ def squared_relu(input: Tensor) -> Tensor:
     Source: So et al. 2021, "Primer", https://arxiv.org/abs/2109.08668
     """
     return torch.relu(input).square()
-
-
-def absolute(input: Tensor) -> Tensor:
-    """Return ``|input|``, elementwise: a leaky rectifier of slope -1.
-
-    Source: Jarrett et al. 2009, https://doi.org/10.1109/ICCV.2009.5459469
-    """
-    return input.abs()
 
 
 def step(input: Tensor) -> Tensor:
@@ -169,7 +161,7 @@ _ENTRIES = (
         "Dugas et al. 2000", "https://papers.nips.cc/paper/1920"),
     Activation("squared_relu", squared_relu, r"\max(0, x)^2", (0, _INF), 0,
         "So et al. 2021", "https://arxiv.org/abs/2109.08668"),
-    Activation("absolute", absolute, r"|x|", (_INF, _INF), 0,
+    Activation("absolute", torch.abs, r"|x|", (_INF, _INF), 0,
         "Jarrett et al. 2009", "https://doi.org/10.1109/ICCV.2009.5459469", "lecun_normal_"),
     Activation("sigmoid", nn.Sigmoid, r"1 / (1 + e^{-x})", (0, 1), 0.25,
         "Rumelhart et al. 1986", "https://doi.org/10.1038/323533a0", "xavier_normal_"),
@@ -193,7 +185,7 @@ MODULES: tuple[type[nn.Module], ...] = (*_TORCH.values(), Elementwise, MaxPieces
 
 _NAMED: dict[str, Callable[..., Any]] = {
     **{name: entry.module for name, entry in REGISTRY.items()},
-    **{"abs": absolute, "swish": nn.SiLU, "maxout": MaxPieces},
+    **{"abs": torch.abs, "swish": nn.SiLU, "maxout": MaxPieces},
     **{n: c for n, c in _TORCH.items() if all(c is not e.module for e in _ENTRIES)},
 }
 _KNOWN = {canonical(name): module for name, module in _NAMED.items()}

@@ -10,9 +10,7 @@ from torch.nn import functional as F
 
 from relubook.layers.initializers import initialize_
 
-__all__ = [
-    "MaxPieces", "Maxout", "maxout", "maxout_absolute", "maxout_leaky_relu", "maxout_relu",
-]  # fmt: skip
+__all__ = ["MaxPieces", "Maxout", "maxout", "maxout_leaky_relu"]
 
 
 def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
@@ -107,21 +105,12 @@ class Maxout(nn.Module):
         )
 
 
-def maxout_relu(linear: nn.Linear) -> Maxout:
-    """Return the maxout layer that equals ``relu(linear(x))``: the pieces are it and 0."""
-    return maxout_leaky_relu(linear, 0.0)
-
-
-def maxout_absolute(linear: nn.Linear) -> Maxout:
-    """Return the maxout layer that equals ``|linear(x)|``: the pieces are it and its negative."""
-    return maxout_leaky_relu(linear, -1.0)
-
-
 def maxout_leaky_relu(linear: nn.Linear, negative_slope: float = 0.01) -> Maxout:
     """Return the maxout layer that equals the leaky rectifier of ``linear(x)``.
 
-    Its two pieces are copies of the linear map and of ``negative_slope`` times it. ValueError if
-    the slope is above 1 (the function is then not convex, and no maximum) or not finite.
+    Its two pieces are copies of the linear map and of ``negative_slope`` times it: 0 gives ReLU,
+    -1 the absolute value. ValueError if the slope is above 1 (the function is then not convex,
+    and no maximum) or not finite.
     """
     if not (math.isfinite(negative_slope) and negative_slope <= 1):
         raise ValueError(f"negative_slope must be a finite number <= 1, not {negative_slope!r}")

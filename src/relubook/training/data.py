@@ -46,7 +46,7 @@ class MemberData:
         self.n = n = x.shape[1] if self.own else len(x)
         self.x = x.to(like) if x.is_floating_point() else x.to(like.device)
         with kept_modes(stack), torch.no_grad():
-            out = stack.eval()(self.x[:, :1] if self.own else self.x[:1])
+            out = stack.eval()(self.x[:, :2] if self.own else self.x[:2])
         exact = torch.promote_types(out.dtype, torch.float32)
         self.y = y.to(like.device, exact if y.is_floating_point() else None)
         fits = y.is_floating_point() and y.shape[1:] == out.shape[2:]
@@ -72,7 +72,7 @@ class MemberData:
         each = of_each_member(one)
         self.each = lambda out, y: each(out.to(exact), y)
         with torch.no_grad():
-            losses = self.each(out, self.rows(slice(0, 1))[1])
+            losses = self.each(out, self.rows(slice(0, 2))[1])
         if losses.shape != (self.members,):
             raise ValueError(
                 "loss must return one number for one network's outputs and targets, "
@@ -115,14 +115,15 @@ class MemberData:
             yield from itertools.repeat(self.rows(slice(None)))
         assert size is not None
         if seed is not None:
-            yield from (self.rows(index) for index in batches_of(seed, self.n, size))
+            yield from (self.rows(index[0]) for index in batches_of([seed], self.n, size))
         rows = torch.arange(self.members, device=self.x.device)[:, None]
-        rows, dim = (rows.t(), 1) if self.members_last else (rows, 0)
-        for each in zip(*(batches_of(s, self.n, size) for s in seeds), strict=True):
-            index = torch.stack(each, dim).to(self.x.device)
-            x = self.x[rows, index] if self.own else self.x[index]
-            y = self.y[rows, index] if self.own_y else self.y[index]
-            yield x.transpose(0, dim), y.transpose(0, dim)
+        for index in batches_of(seeds, self.n, size):
+            # What is gathered lies in memory as the index does.
+            place = index if self.members_last else index.contiguous()
+            place = place.to(self.x.device)
+            x = self.x[rows, place] if self.own else self.x[place]
+            y = self.y[rows, place] if self.own_y else self.y[place]
+            yield x, y
 
     def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets for a range of members."""

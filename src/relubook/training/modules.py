@@ -5,7 +5,8 @@ Inputs and outputs have the shape (members, batch, features).
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,7 @@ from torch.nn import functional as F
 __all__ = [
     "SMALL_MAP",
     "Drawing",
-    "StackedBatchNorm",
     "StackedDropout",
-    "StackedLayerNorm",
     "StackedLinear",
     "StackedModule",
     "StackedRReLU",
@@ -60,8 +59,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.members, self.in_features, self.out_features = members, in_features, out_features
         self.weight = nn.Parameter(torch.zeros(members, in_features, out_features, dtype=dtype))
-        shift = nn.Parameter(torch.zeros(members, out_features, dtype=dtype)) if bias else None
-        self.register_parameter("bias", shift)
+        self.bias = nn.Parameter(torch.zeros(members, out_features, dtype=dtype)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (members, batch, in) or (batch, in), shared by all, to (members, batch, out)."""
@@ -93,73 +91,6 @@ class StackedLinear(nn.Module):
         )
 
 
-class StackedBatchNorm(nn.BatchNorm1d):
-    """Batch normalization with statistics of its own for every member, as ``nn.BatchNorm1d``.
-
-    Args:
-        members: Number of networks.
-        features: Features of each.
-        dtype: Type of the parameters.
-
-    Attributes:
-        weight: Scale, shape (members, features).
-        bias: Shift, shape (members, features).
-        running_mean: Shape (members, features); used in evaluation mode.
-        running_var: Shape (members, features), unbiased.
-    """
-
-    def __init__(self, members: int, features: int, *, dtype: torch.dtype | None = None):
-        super().__init__(members * features, dtype=dtype)
-        for name in ("weight", "bias"):
-            setattr(self, name, nn.Parameter(getattr(self, name).detach().view(members, features)))
-        for name in ("running_mean", "running_var"):
-            setattr(self, name, getattr(self, name).view(members, features))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize (members, batch, features) over the batch, member by member."""
-        members, batch, features = input.shape
-        if self.training and batch < 2:
-            raise ValueError("batch normalization in training must see at least 2 inputs, not 1")
-        assert self.running_mean is not None and self.running_var is not None
-        flat = F.batch_norm(
-            input.transpose(0, 1).reshape(batch, members * features),
-            self.running_mean.view(-1),
-            self.running_var.view(-1),
-            self.weight.reshape(-1),
-            self.bias.reshape(-1),
-            self.training,
-            self.momentum or 0.0,
-            self.eps,
-        )
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-        return flat.view(batch, members, features).transpose(0, 1)
-
-
-class StackedLayerNorm(nn.Module):
-    """Layer normalization with scale and shift of its own for every member, as ``nn.LayerNorm``.
-
-    Args:
-        members: Number of networks.
-        features: Features of each.
-        dtype: Type of the parameters.
-
-    Attributes:
-        weight: Scale, shape (members, features).
-        bias: Shift, shape (members, features).
-    """
-
-    def __init__(self, members: int, features: int, *, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(members, features, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(members, features, dtype=dtype))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize (members, batch, features) over the features of each input."""
-        normal = F.layer_norm(input, input.shape[-1:])
-        return normal * self.weight[:, None] + self.bias[:, None]
-
-
 class Drawing(nn.Module):
     """A module that draws in training, for every member from a generator of its own."""
 
@@ -168,6 +99,7 @@ class Drawing(nn.Module):
         self.generators = [torch.Generator().manual_seed(stream(s, site)) for s in seeds]
 
     def uniform(self, input: Tensor, low: float, high: float) -> Tensor:
+        """Draw as many numbers from U(low, high) as the input (members, ...) has."""
         drawn = torch.empty(input.shape, dtype=input.dtype)
         for row, generator in zip(drawn, self.generators, strict=True):
             row.uniform_(low, high, generator=generator)
@@ -175,36 +107,21 @@ class Drawing(nn.Module):
 
 
 class StackedDropout(Drawing):
-    """Dropout in which a member's draws do not depend on who stands beside it.
-
-    Args:
-        seeds: The members' seeds.
-        p: Probability of an element to be set to 0; the others are divided by 1 - p.
-        layer: Tells apart the dropouts of one network.
-    """
+    """Dropout with probability ``p``, as ``nn.Dropout``; ``layer`` tells apart a network's own."""
 
     def __init__(self, seeds: Sequence[int], p: float = 0.5, layer: int = 0):
         super().__init__(seeds, f"dropout {layer}")
-        if not 0 <= p < 1:
-            raise ValueError(f"p must be in [0, 1), not {p!r}")
         self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of (members, batch, features) in training, none in evaluation."""
-        if not self.training or self.p == 0:
+        if not self.training:
             return input
         return input * (self.uniform(input, 0, 1) >= self.p) / (1 - self.p)
 
 
 class StackedRReLU(Drawing):
-    """The randomized leaky rectifier, as ``nn.RReLU``, with draws of each member's own.
-
-    Args:
-        seeds: The members' seeds.
-        lower: Least slope of the negative part.
-        upper: Largest slope; in evaluation the slope is the mean of the two.
-        layer: Tells apart the layers of one network.
-    """
+    """The randomized leaky rectifier with slopes from U(lower, upper), as ``nn.RReLU``."""
 
     def __init__(
         self, seeds: Sequence[int], lower: float = 1 / 8, upper: float = 1 / 3, layer: int = 0
@@ -220,38 +137,39 @@ class StackedRReLU(Drawing):
 
 
 class StackedModule(nn.Module):
-    """Any module, stacked by ``torch.func.vmap``.
+    """Modules of any one kind, run side by side by ``torch.func.vmap``.
 
     Args:
-        module: A module, of which every member gets a copy.
-        members: Number of members.
-        each: The members' own modules, of the same shape; copies of ``module`` by default.
+        each: The members' modules.
 
     Attributes:
-        module: The module with the members first in every parameter and buffer. It does not run
-            by itself.
+        module: A module with the members first in every parameter and buffer. It does not run by
+            itself.
     """
 
-    def __init__(self, module: nn.Module, members: int, each: Sequence[nn.Module] | None = None):
+    def __init__(self, each: Sequence[nn.Module]):
         super().__init__()
-        each = [module] * members if each is None else each
-        states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in each]
-        self.module = copy.deepcopy(module)
-        for path, owner in self.module.named_modules():
-            for store in (owner._parameters, owner._buffers):
-                for name, value in store.items():
-                    if value is None:
-                        continue
-                    key = f"{path}.{name}" if path else name
-                    rows = torch.stack([state[key].detach() for state in states])
-                    kind = isinstance(value, nn.Parameter)
-                    store[name] = nn.Parameter(rows, value.requires_grad) if kind else rows  # type: ignore[assignment]
+        self.module = copy.deepcopy(each[0])
+        for owner, *sources in zip(
+            self.module.modules(), *(m.modules() for m in each), strict=True
+        ):
+            for store in ("_parameters", "_buffers"):
+                for name, value in getattr(owner, store).items():
+                    if value is not None:
+                        rows = torch.stack([getattr(s, store)[name].detach() for s in sources])
+                        kept = nn.Parameter(rows, value.requires_grad)
+                        getattr(owner, store)[name] = kept if store == "_parameters" else rows
 
-    def forward(self, input: Tensor, shared: bool = False) -> Tensor:
-        """Map (members, batch, ...), or (batch, ...) if ``shared``, to (members, batch, ...)."""
+    def forward(
+        self, input: Tensor, shared: bool = False, then: Callable[[Tensor], Any] = lambda out: out
+    ) -> Any:
+        """Map (members, batch, ...), or (batch, ...) if ``shared``, to (members, batch, ...).
+
+        ``then`` is applied to each member's output.
+        """
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         call = torch.func.vmap(
-            lambda one, x: torch.func.functional_call(self.module, one, (x,)),
+            lambda one, x: then(torch.func.functional_call(self.module, one, (x,))),
             in_dims=(0, None if shared else 0),
             randomness="different",
         )

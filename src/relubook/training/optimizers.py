@@ -91,7 +91,7 @@ class Numbers:
         """Return the norm of each member's gradient, shape (members,), in 32 bits at least."""
         exact = torch.promote_types(self.values.dtype, torch.float32)
         parts = [
-            torch.linalg.vector_norm(p.grad.flatten(1), dim=1, dtype=exact)
+            torch.linalg.vector_norm(p.grad.reshape(self.members, -1), dim=1, dtype=exact)
             for p in self.parameters
             if p.grad is not None
         ]
@@ -106,7 +106,9 @@ class Numbers:
 
     def finite(self) -> Tensor:
         """Return which members have finite parameters only, shape (members,)."""
-        return torch.stack([p.detach().isfinite().flatten(1).all(1) for p in self.parameters]).all(0)
+        return torch.stack(
+            [p.detach().isfinite().reshape(self.members, -1).all(1) for p in self.parameters]
+        ).all(0)
 
     def __enter__(self) -> "Numbers":
         return self

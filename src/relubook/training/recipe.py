@@ -12,14 +12,17 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from relubook.layers.activations import REGISTRY, activation
+from relubook.layers.activations import activation, registered
 from relubook.layers.initializers import initialize_
 from relubook.layers.maxout import MaxPieces
+
+if TYPE_CHECKING:
+    from relubook.training.stack import RecipeStack
 
 __all__ = ["NORMALIZATIONS", "RESIDUALS", "Recipe", "ResidualNetwork"]
 
@@ -31,8 +34,6 @@ NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
 
 RESIDUALS = ("none", "relu(f)+x", "relu(f+x)", "pre-activation")
 """What :class:`Recipe` takes as ``residual``."""
-
-Callback = Callable[[str, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Recipe:
         widths: Units of each hidden layer; one number for ``hidden`` equal layers.
         outputs: Number of outputs.
         hidden: Number of hidden layers when ``widths`` is one number; 1 by default.
-        activation: A name of the registry or of torch (``"LeakyReLU"``), a torch class, a module
-            (each layer gets a copy), a function from tensor to tensor of the same shape, or
-            ``"maxout"``. A module with parameters is trained with the network.
-        activation_options: Its parameters, such as ``{"negative_slope": 0.1}``, or ``pieces``.
-        initializer: A name of ``relubook.layers.initializers``, a function of ``torch.nn.init``,
-            or any ``f(weight, bias, generator)``, for every linear map; the activation's own by
-            default (He's normal draw for functions and modules, LeCun's for maxout).
+        activation: A name, a class, a module (each layer gets a copy) or a function from tensor
+            to tensor of the same shape, which mixes units at most, in the last dimension; see
+            :func:`relubook.layers.activations.activation`. Parameters of a module are trained.
+        activation_options: Its parameters, such as ``{"negative_slope": 0.1}``.
+        initializer: A name or a function; see
+            :func:`relubook.layers.initializers.initializer`. By default what the registry has for
+            the activation, LeCun's normal draw for maxout and He's for what is not registered.
         initializer_options: Its parameters, such as ``{"a": 0.1}``.
         bias: None for what the initializer does (0 but for ``"torch"`` and ``"rai"``), False for
             no biases, a number for that constant, a pair for draws from U(low, high).
@@ -70,8 +71,8 @@ class Recipe:
         dropout: Probability of dropping a hidden unit's output in training.
 
     Raises:
-        ValueError: On building, if something is unknown or does not fit; names it.
-        TypeError: If the activation has no such parameter.
+        ValueError: If something is unknown or does not fit; names it.
+        TypeError: If something has the wrong type, or no such parameter.
     """
 
     inputs: int
@@ -86,6 +87,7 @@ class Recipe:
     normalization: str | Callable[[int], nn.Module] = "none"
     residual: str = "none"
     dropout: float = 0.0
+    _unit: nn.Module = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         widths, hidden = self.widths, self.hidden
@@ -103,13 +105,7 @@ class Recipe:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
-        if self.activation == "maxout" and (extra := set(self.activation_options) - {"pieces"}):
-            raise TypeError(f"'maxout' has no parameter {min(extra)!r}; known: pieces")
-        unit = self._activation()
-        if isinstance(unit, nn.PReLU) and unit.num_parameters not in (1, *widths[:1]):
-            raise ValueError(
-                f"prelu with num_parameters={unit.num_parameters} does not fit the widths {widths}"
-            )
+        object.__setattr__(self, "_unit", activation(self.activation, **self.activation_options))
         known = ["none", *NORMALIZATIONS]
         if not callable(self.normalization) and self.normalization not in known:
             raise ValueError(
@@ -129,14 +125,29 @@ class Recipe:
             raise ValueError(f"bias must be None, False, a number or a pair, not {bias!r}")
         if isinstance(bias, tuple) and not (len(bias) == 2 and bias[0] < bias[1]):
             raise ValueError(f"a pair as bias must be (low, high) with low < high, not {bias!r}")
-        if bias is False and self._initializer == "rai":
-            raise ValueError("the initializer 'rai' draws weight and bias together; bias is False")
         self.draw_(torch.empty(2, 2), None if bias is False else torch.empty(2), torch.Generator())
+        for width in sorted(set(widths)):
+            self._check_layer(width)
+
+    def _check_layer(self, width: int) -> None:
+        x = torch.zeros(2, width * self.pieces)
+        for kind, module in self._after(width * self.pieces).items():
+            name = {"norm": "normalization", "act": "activation"}.get(kind, kind)
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must make a module, not {module!r}")
+            try:
+                x = module.eval()(x)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{name} does not fit the width {width}: {error}") from error
+        if x.shape != (2, width):
+            raise ValueError(
+                f"activation must return the shape that it gets, {(2, width)}, not {tuple(x.shape)}"
+            )
 
     @property
     def pieces(self) -> int:
         """Linear pieces of a unit; 1 unless the activation is maxout."""
-        return int(self.activation_options.get("pieces", 2)) if self.activation == "maxout" else 1
+        return self._unit.pieces if isinstance(self._unit, MaxPieces) else 1
 
     @property
     def maps(self) -> list[tuple[int, int]]:
@@ -174,28 +185,19 @@ class Recipe:
             self.draw_(made.weight, made.bias, generator)
             return made
 
-        modules = self.modules(
-            linear, lambda make, size: make(size), lambda unit, _: unit, lambda p, _: nn.Dropout(p)
-        )
+        modules = self.modules(linear, lambda module, layer: module)
         if self.residual == "none":
-            network: nn.Module = nn.Sequential(modules)
+            network: nn.Module = nn.Sequential(OrderedDict(modules))
         else:
             network = ResidualNetwork(modules, self.residual)
         return network if dtype is None else network.to(dtype)
 
-    def stack(self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None) -> Any:
+    def stack(
+        self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
+    ) -> "RecipeStack":
         """Build the networks of many seeds as one :class:`relubook.training.stack.RecipeStack`.
 
-        Args:
-            seeds: The members' seeds; a number m stands for ``range(m)``.
-            dtype: Type of the parameters; torch's default type by default.
-
-        Returns:
-            The stack; member i equals ``single(seeds[i])``.
-
-        Raises:
-            ValueError: If there is no member.
-            TypeError: If a seed is no integer.
+        Member i equals ``single(seeds[i])``; a number m as ``seeds`` stands for ``range(m)``.
         """
         from relubook.training.stack import RecipeStack
 
@@ -204,22 +206,31 @@ class Recipe:
     def modules(
         self,
         linear: Callable[[int, int], nn.Module],
-        norm: Callable[[Callable[[int], nn.Module], int], nn.Module],
-        unit: Callable[[nn.Module, int], nn.Module],
-        dropout: Callable[[float, int], nn.Module],
-    ) -> "OrderedDict[str, nn.Module]":
-        """Build ``linear1, norm1, act1, dropout1, linear2, ...``, each by the function given."""
-        made: OrderedDict[str, nn.Module] = OrderedDict()
-        for index, (ins, outs) in enumerate(self.maps, 1):
-            made[f"linear{index}"] = linear(ins, outs)
-            if index > len(self.hidden_widths):
-                break
-            if self.normalization != "none":
-                kind = self.normalization
-                made[f"norm{index}"] = norm(kind if callable(kind) else NORMALIZATIONS[kind], outs)
-            made[f"act{index}"] = unit(self._activation(), index)
-            if self.dropout:
-                made[f"dropout{index}"] = dropout(self.dropout, index)
+        turn: Callable[[nn.Module, int], nn.Module],
+    ) -> dict[str, nn.Module]:
+        """Build ``linear1, norm1, act1, dropout1, linear2, ...``.
+
+        Args:
+            linear: Builds a linear map of so many inputs and outputs.
+            turn: What becomes of the other modules, given with the number of their layer.
+        """
+        made: dict[str, nn.Module] = {}
+        for layer, (ins, outs) in enumerate(self.maps, 1):
+            made[f"linear{layer}"] = linear(ins, outs)
+            if layer <= len(self.hidden_widths):
+                for name, module in self._after(outs).items():
+                    made[f"{name}{layer}"] = turn(module, layer)
+        return made
+
+    def _after(self, features: int) -> dict[str, nn.Module]:
+        """Build what follows a linear map in a hidden layer."""
+        made: dict[str, nn.Module] = {}
+        if self.normalization != "none":
+            kind = self.normalization
+            made["norm"] = (kind if callable(kind) else NORMALIZATIONS[kind])(features)
+        made["act"] = activation(self._unit)
+        if self.dropout:
+            made["dropout"] = nn.Dropout(self.dropout)
         return made
 
     def draw_(self, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
@@ -238,15 +249,10 @@ class Recipe:
     def _initializer(self) -> Any:
         if self.initializer is not None:
             return self.initializer
-        if self.activation == "maxout":
+        if self.pieces > 1:
             return "lecun_normal"
-        entry = REGISTRY.get(self.activation) if isinstance(self.activation, str) else None
+        entry = registered(self.activation)
         return "he_normal" if entry is None else entry.initializer
-
-    def _activation(self) -> nn.Module:
-        if self.activation == "maxout":
-            return MaxPieces(self.pieces)
-        return activation(self.activation, **self.activation_options)
 
 
 class ResidualNetwork(nn.Module):
@@ -274,16 +280,9 @@ def wire(
     x: Tensor,
     seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Run the modules ``linear1, norm1, act1, dropout1, linear2, ...`` of a network.
+    """Run ``linear1, norm1, act1, dropout1, linear2, ...`` of a network in a residual form.
 
-    Args:
-        network: What has them.
-        residual: One of :data:`RESIDUALS`.
-        x: Inputs.
-        seen: Is called with pre-activations and outputs of each activation.
-
-    Returns:
-        What the last linear map returns.
+    ``seen`` is called with pre-activations and outputs of each activation.
     """
     made = network._modules
     hidden = sum(name.startswith("act") for name in made)
@@ -298,19 +297,17 @@ def wire(
             seen(z, h)
         return apply("dropout", layer, h)
 
+    x = apply("linear", 1, x)
+    h = x
     for layer in range(1, hidden + 1):
+        f = apply("norm", layer, x)
         if residual == "pre-activation":
-            branch = x if layer == 1 else activate(layer - 1, apply("norm", layer - 1, x))
-            f = apply("linear", layer, branch)
-            x = f if layer == 1 else x + f
+            branch = apply("linear", layer + 1, activate(layer, f))
+            x = x + branch if layer < hidden else branch
             continue
-        f = apply("norm", layer, apply("linear", layer, x))
-        if layer == 1 or residual == "none":
-            x = activate(layer, f)
-        elif residual == "relu(f)+x":
-            x = activate(layer, f) + x
+        if residual == "none" or layer == 1:
+            h = activate(layer, f)
         else:
-            x = activate(layer, f + x)
-    if residual == "pre-activation" and hidden:
-        x = activate(hidden, apply("norm", hidden, x))
-    return apply("linear", hidden + 1, x)
+            h = activate(layer, f) + h if residual == "relu(f)+x" else activate(layer, f + h)
+        x = apply("linear", layer + 1, h)
+    return x

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from relubook.layers.activations import MODULES
 from relubook.training.modules import (
     SMALL_MAP,
     Drawing,
-    StackedBatchNorm,
     StackedDropout,
-    StackedLayerNorm,
     StackedLinear,
     StackedModule,
     StackedRReLU,
@@ -32,23 +31,13 @@ from relubook.training.modules import (
 )
 from relubook.training.recipe import Recipe, wire
 
-MODULES = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SELU, nn.ELU)
-
-__all__ = [
-    "RecipeStack",
-    "Stack",
-    "batch_order",
-    "member_seeds",
-    "stack_of",
-]
+__all__ = ["RecipeStack", "Stack", "batch_order", "member_seeds", "stack_of"]
 
 
 def member_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     """Return the members' seeds; a number m stands for ``range(m)``.
 
-    Raises:
-        TypeError: If a seed is no integer.
-        ValueError: If there is none.
+    Raises TypeError if a seed is no integer, ValueError if there is none.
     """
     if isinstance(seeds, bool) or not isinstance(seeds, int | Iterable):
         raise TypeError(f"seeds must be a number or integers, not {seeds!r}")
@@ -78,17 +67,20 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
     Returns:
         Indices of the examples, shape (steps, batch_size).
     """
-    batches = batches_of(seed, n, batch_size)
-    rows = [next(batches) for _ in range(steps)]
+    batches = batches_of([seed], n, batch_size)
+    rows = [next(batches)[0] for _ in range(steps)]
     return torch.stack(rows) if rows else torch.empty(0, batch_size, dtype=torch.int64)
 
 
-def batches_of(seed: int, n: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield the batches of :func:`batch_order` for ever."""
-    generator = torch.Generator().manual_seed(stream(seed, "batches"))
+def batches_of(seeds: Sequence[int], n: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield the batches of :func:`batch_order` for ever, those of all seeds at once.
+
+    Each has the shape (seeds, batch_size), and the seeds side by side in memory.
+    """
+    generators = [torch.Generator().manual_seed(stream(seed, "batches")) for seed in seeds]
     while True:
-        whole = torch.randperm(n, generator=generator)[: n // batch_size * batch_size]
-        yield from whole.split(batch_size)
+        epoch = torch.stack([torch.randperm(n, generator=g) for g in generators], 1)
+        yield from (part.t() for part in epoch[: n // batch_size * batch_size].split(batch_size))
 
 
 @contextlib.contextmanager
@@ -137,69 +129,44 @@ class Stack(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run all members.
-
-        Args:
-            input: Shape (batch, ...), shared by all, or (members, batch, ...).
-
-        Returns:
-            Shape (members, batch, ...).
-
-        Raises:
-            ValueError: If the shape does not fit.
-        """
+        """Map (batch, ...), shared by all, or (members, batch, ...) to (members, batch, ...)."""
         return self.run(input)
 
     def hidden(self, input: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return pre- and post-activations of every activation, in the order of the pass.
 
-        Args:
-            input: As for a forward pass.
-
-        Returns:
-            Pairs of tensors of shape (members, batch, ...), with their graph.
+        Each has the shape (members, batch, ...) and its graph.
         """
         pairs: list[tuple[Tensor, Tensor]] = []
         self.run(input, lambda pre, post: pairs.append((pre, post)))
         return pairs
 
     def member(self, index: int) -> nn.Module:
-        """Take one member out as a plain module, in the mode (training or not) of the stack.
+        """Copy one member out as a plain module, in the mode (training or not) of the stack.
 
-        Args:
-            index: Its place, from 0; negative numbers count from the end.
-
-        Returns:
-            A copy that shares nothing with the stack.
-
-        Raises:
-            IndexError: If there is no such member.
+        Raises IndexError if there is no such member; -1 is the last.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no member {index}; the stack has {len(self)}")
         network = self._single()
         plain = network.state_dict()
         turned = {f"{n}.weight" for n, m in self.named_modules() if isinstance(m, StackedLinear)}
-        for (name, old), (own, value) in zip(plain.items(), self.state_dict().items(), strict=True):
-            one = value.detach().cpu()
-            one = one[index] if one.dim() > old.dim() else one
-            plain[name] = (one.mT if own in turned else one).clone()
+        for name, (own, value) in zip(plain, self.state_dict().items(), strict=True):
+            one = value.detach().cpu()[index]
+            one = one.mT if own in turned else one
+            plain[name] = one.clone(memory_format=torch.contiguous_format)
         network.load_state_dict(plain, assign=True)
         return network.train(self.training)
 
     def parameter_vectors(self) -> Tensor:
-        """Return every member's parameters as one vector.
-
-        Returns:
-            Shape (members, parameters), in the order of ``parameters_to_vector`` on
-            ``member(i)``.
-        """
+        """Return every member's parameters as ``parameters_to_vector`` has them: (members, n)."""
         parts = []
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 value = parameter.detach()
-                turned = isinstance(module, StackedLinear) and value.dim() == 3
-                parts.append((value.mT if turned else value).flatten(1))
+                if isinstance(module, StackedLinear) and value.dim() == 3:
+                    value = value.mT
+                parts.append(value.reshape(len(self), -1))
         return torch.cat(parts, 1) if parts else torch.empty(len(self), 0)
 
     def range(self, start: int, stop: int) -> "Stack":
@@ -215,7 +182,7 @@ class Stack(nn.Module):
         """Take over all numbers of a stack with as many members."""
         self.load_state_dict(other.state_dict())
         for mine, theirs in zip(self.modules(), other.modules(), strict=True):
-            if isinstance(mine, Drawing):
+            if isinstance(mine, Drawing) and isinstance(theirs, Drawing):
                 mine.generators = theirs.generators
 
     def _hold(self, stacks: "Sequence[Stack]", cut: slice) -> "Stack":
@@ -224,7 +191,7 @@ class Stack(nn.Module):
             for kind in ("_parameters", "_buffers"):
                 store = getattr(module, kind)
                 for name, value in store.items():
-                    if value is not None and value.dim():
+                    if value is not None:
                         parts = [getattr(source, kind)[name].detach() for source in sources]
                         new = torch.cat(parts)[cut].clone()
                         trained = isinstance(value, nn.Parameter)
@@ -246,17 +213,8 @@ class RecipeStack(Stack):
 
     Modules carry the names of the plain network: ``linear1, norm1, act1, dropout1, linear2, ...``.
 
-    Args:
-        recipe: What each is made of.
-        seeds: The members' seeds; a number m stands for ``range(m)``.
-        dtype: Type of the parameters; torch's default type by default.
-
     Attributes:
-        recipe: The recipe.
-
-    Raises:
-        ValueError: If there is no member.
-        TypeError: If a seed is no integer.
+        recipe: What each member is made of.
     """
 
     def __init__(
@@ -276,23 +234,16 @@ class RecipeStack(Stack):
             made.weight.data.copy_(weight.mT)
             return made
 
-        def norm(make: Callable[[int], nn.Module], size: int) -> nn.Module:
-            kinds = {nn.BatchNorm1d: StackedBatchNorm, nn.LayerNorm: StackedLayerNorm}
-            if make in kinds:
-                return kinds[make](members, size, dtype=dtype)
-            return StackedModule(make(size).to(dtype), members)
-
-        def unit(module: nn.Module, layer: int) -> nn.Module:
+        def turn(module: nn.Module, layer: int) -> nn.Module:
+            if isinstance(module, nn.Dropout):
+                return StackedDropout(self.seeds, module.p, layer)
             if isinstance(module, nn.RReLU):
                 return StackedRReLU(self.seeds, module.lower, module.upper, layer)
-            if next(module.parameters(), None) is None:
+            if isinstance(module, MODULES) and not module.state_dict():
                 return module
-            return StackedModule(module.to(dtype), members)
+            return StackedModule([module.to(dtype)] * members)
 
-        def dropout(p: float, layer: int) -> nn.Module:
-            return StackedDropout(self.seeds, p, layer)
-
-        for name, module in recipe.modules(linear, norm, unit, dropout).items():
+        for name, module in recipe.modules(linear, turn).items():
             self.add_module(name, module)
         self.members_last = max(ins * outs for ins, outs in recipe.maps) <= SMALL_MAP
 
@@ -308,6 +259,8 @@ class RecipeStack(Stack):
                 f"the input must have the shape (batch, {size}) or ({len(self)}, batch, {size}), "
                 f"not {tuple(input.shape)}"
             )
+        if not input.is_floating_point():
+            raise TypeError(f"the input must be floating point, not {input.dtype}")
         return wire(self, self.recipe.residual, input, seen)
 
     def owns(self, input: Tensor) -> bool:
@@ -321,10 +274,10 @@ class RecipeStack(Stack):
 class _AnyStack(Stack):
     """Any module, stacked; see :func:`stack_of`."""
 
-    def __init__(self, members: Sequence[nn.Module], seeds: Sequence[int]):
+    def __init__(self, members: Sequence[nn.Module], seeds: Sequence[int], dims: int | None):
         super().__init__(seeds)
-        self.body = StackedModule(members[0], len(members), members)
-        self.dims = _input_dims(members[0])
+        self.body = StackedModule(members)
+        self.dims = _input_dims(members[0]) if dims is None else dims
 
     def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
         own = self.owns(input)
@@ -333,30 +286,30 @@ class _AnyStack(Stack):
                 f"inputs of each member's own must have the shape ({len(self)}, batch, ...), "
                 f"not {tuple(input.shape)}"
             )
-        if seen is None:
+        units = [m for m in self.body.module.modules() if isinstance(m, MODULES)]
+        if seen is None or not units:
             return self.body(input, not own)
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pairs: list[Tensor] = []  # pre- and post-activations in turn
         hooks = [
-            module.register_forward_hook(
-                lambda module, args, out: pairs.append((args[0].clone(), out.clone()))
+            hook
+            for unit in units
+            for hook in (
+                unit.register_forward_pre_hook(lambda _, args: pairs.append(args[0].clone())),
+                unit.register_forward_hook(lambda _, args, out: pairs.append(out.clone())),
             )
-            for module in self.body.module.modules()
-            if isinstance(module, MODULES)
         ]
 
-        def call(one: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        def found(out: Tensor) -> tuple[Tensor, list[Tensor]]:
+            kept = list(pairs)
             pairs.clear()
-            return torch.func.functional_call(self.body.module, one, (x,)), list(pairs)
+            return out, kept
 
-        module = self.body.module
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         try:
-            dims = (0, 0 if own else None)
-            out, found = torch.func.vmap(call, dims, randomness="different")(state, input)
+            out, kept = self.body(input, not own, found)
         finally:
             for hook in hooks:
                 hook.remove()
-        for pre, post in found:
+        for pre, post in zip(kept[::2], kept[1::2], strict=True):
             seen(pre, post)
         return out
 
@@ -386,31 +339,41 @@ def _input_dims(module: nn.Module) -> int:
     return 0
 
 
-def stack_of(build: Callable[[], nn.Module], seeds: int | Iterable[int]) -> Stack:
+def stack_of(
+    build: Callable[[], nn.Module], seeds: int | Iterable[int], *, dims: int | None = None
+) -> Stack:
     """Stack networks of any kind by ``torch.func.vmap``.
 
     Args:
         build: Builds one network from torch's global random state, which is seeded with each
             member's seed in turn and left as it was.
         seeds: The members' seeds; a number m stands for ``range(m)``.
+        dims: Dimensions of one network's batch, by which inputs of each member's own are told
+            from shared ones; by default as the first convolution or linear map has it (4 for
+            images, 2 for vectors), and without one all inputs are shared.
 
     Returns:
         The stack. Its parameters have the members first; ``hidden`` sees activation modules of
-        the family, not functions called in ``forward``. Draws in training (dropout) come from
-        torch's global generator.
+        ``relubook.layers.activations.MODULES``, not functions called in ``forward``. Draws in
+        training (dropout) come from torch's global generator.
 
     Raises:
         TypeError: If ``build`` returns no module.
-        ValueError: If there is no member, or members differ in shape.
+        ValueError: If there is no member, members differ in shape, or a parameter is shared
+            within a network.
     """
     chosen, members = member_seeds(seeds), []
     with torch.random.fork_rng():
         for seed in chosen:
             torch.manual_seed(seed)
             members.append(build())
-    if not all(isinstance(member, nn.Module) for member in members):
-        raise TypeError(f"build must return a module, not {type(members[0]).__name__}")
-    shapes = [[tuple(value.shape) for value in m.state_dict().values()] for m in members]
+            if not isinstance(members[-1], nn.Module):
+                raise TypeError(f"build must return a module, not {members[-1]!r}")
+    shapes = [[(k, v.shape) for k, v in member.state_dict().items()] for member in members]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("all members must have parameters of the same shapes")
-    return _AnyStack(members, chosen)
+    if len([*members[0].named_parameters(remove_duplicate=False)]) > len(
+        [*members[0].parameters()]
+    ):
+        raise ValueError("no parameter may be shared between modules of a network")
+    return _AnyStack(members, chosen, dims)

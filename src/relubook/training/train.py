@@ -28,7 +28,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relubook._optional import require
 from relubook.training.data import MemberData
@@ -71,7 +71,8 @@ def train(
         steps: Number of optimizer steps.
         lr: One learning rate, or one a member; see :func:`crossed` for a grid.
         optimizer: A class of ``torch.optim`` or its name, or a function that makes one from
-            parameter groups. A fresh one is made on each call.
+            parameter groups. A fresh one is made on each call. Those that mix the numbers of a
+            tensor (Adafactor, Muon, your own) get the members one by one.
         loss: A loss of torch (``F.huber_loss``, ``nn.L1Loss()``, ``"mse_loss"``) or any function
             of one network's outputs and targets that returns their mean loss. By default
             cross-entropy for integer y, else the mean squared error.
@@ -87,9 +88,9 @@ def train(
             default. The first and the last step are always measured.
         validation: Inputs and labels or targets of a validation set.
         each_step: ``each_step(step, stack, optimizer)`` is called after every step, counted from
-            1, without gradients; it may change parameters in place, and ends the run by returning
-            ``False``.
-        jobs: Ranges of members to train apart by joblib.
+            1, in evaluation mode and without gradients; it may change parameters in place, and
+            ends the run by returning ``False``.
+        jobs: Ranges of members to train apart by joblib; not with ``each_step``.
         progress: Whether to show a bar. By default when the standard error is a terminal, or as
             the environment variable ``RELUBOOK_PROGRESS`` says (0 or 1).
         **options: Options of the optimizer, such as ``momentum=0.9, nesterov=True``.
@@ -110,14 +111,20 @@ def train(
         )
     members = len(stack)
     data = MemberData(stack, x, y, loss)
-    check = None if validation is None else MemberData(stack, *validation, loss, "validation ")
+    check = None
+    if validation is not None:
+        if not isinstance(validation, Sequence) or len(validation) != 2:
+            raise TypeError(f"validation must be a pair (x, y), not {type(validation).__name__}")
+        check = MemberData(stack, *validation, loss, "validation ")
     rates = _rates(lr, members)
     steps, jobs = _integer("steps", steps, 0), _integer("jobs", jobs, 1)
     if batch_size is not None and _integer("batch_size", batch_size, 1) > data.n:
         raise ValueError(f"batch_size must be at most {data.n}, the examples, not {batch_size}")
     if batch_seed is not None:
         _integer("batch_seed", batch_seed)
-    if clip is not None and not (clip > 0 and math.isfinite(clip)):
+    if 1 in (batch_size, data.n) and any(isinstance(m, nn.BatchNorm1d) for m in stack.modules()):
+        raise ValueError("batch_size must be at least 2 for batch normalization, not 1")
+    if clip is not None and not (isinstance(clip, int | float) and 0 < clip < math.inf):
         raise ValueError(f"clip must be a positive finite number, not {clip!r}")
     for name, function in (("each_step", each_step), ("scheduler", scheduler)):
         if function is not None and not callable(function):
@@ -140,7 +147,9 @@ def train(
         made = make_optimizer(make, numbers.groups(rates.tolist(), elementwise), options)
         schedule = None if scheduler is None else scheduler(made)
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("scheduler must go by the step: ReduceLROnPlateau goes by one loss")
+            raise ValueError("scheduler must go by the step, but ReduceLROnPlateau goes by a loss")
+        if schedule is not None and not hasattr(schedule, "step"):
+            raise TypeError(f"scheduler must make a torch.optim.lr_scheduler, not {schedule!r}")
         trainer = _Trainer(stack, numbers, data, check)
         batches = data.batches(stack.seeds, batch_size, batch_seed)
         trainer.measure(0)
@@ -154,13 +163,15 @@ def train(
             if schedule is not None:
                 schedule.step()
             done = step
-            bar.update(members)
+            if bar is not None:
+                bar.update(members)
             if each_step is not None:
                 with torch.no_grad():
                     ended = each_step(step, stack.eval(), made) is False
             if step in marks:
                 trainer.measure(step)
-                bar.set_postfix_str(trainer.state(), refresh=False)
+                if bar is not None:
+                    bar.set_postfix_str(trainer.state(), refresh=False)
         if trainer.steps[-1] != done:
             trainer.measure(done)
     interrupted = done < steps and not ended
@@ -210,9 +221,7 @@ def _marks(record: int | Iterable[int] | None, steps: int) -> set[int]:
 class _Trainer:
     """What changes while a stack is trained, and what is measured on the way."""
 
-    def __init__(
-        self, stack: Stack, numbers: Numbers, data: MemberData, check: MemberData | None
-    ):
+    def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: MemberData | None):
         self.stack, self.numbers, self.data, self.check = stack, numbers, data, check
         members, like = len(stack), numbers.values
         exact = torch.promote_types(like.dtype, torch.float32)
@@ -360,12 +369,6 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class _NoBar:
-    def update(self, members: int) -> None: ...
-
-    def set_postfix_str(self, text: str, refresh: bool) -> None: ...
-
-
 @contextlib.contextmanager
 def _bar(progress: bool | None, members: int, steps: int) -> Iterator[Any]:
     if progress is None:
@@ -374,7 +377,7 @@ def _bar(progress: bool | None, members: int, steps: int) -> Iterator[Any]:
             raise ValueError(f"RELUBOOK_PROGRESS must be 0 or 1, not {chosen!r}")
         progress = sys.stderr.isatty() if chosen == "" else chosen == "1"
     if not progress:
-        yield _NoBar()
+        yield None
         return
     tqdm = require("tqdm", "the progress bar").tqdm
     title = f"{members} members x {steps} steps"

@@ -21,12 +21,19 @@ def best_rate(rates: Sequence[float], scores: Sequence[float] | Tensor) -> float
         scores: A number a rate, more being better. NaN counts as the worst.
 
     Raises:
-        ValueError: If there are fewer than three rates, or the best one stands at an edge of the
-            grid, which then has to be extended.
+        ValueError: If there are fewer than three rates or not a score for each, or the best one
+            stands at an edge of the grid, which then has to be extended.
     """
     if len(rates) < 3 or list(rates) != sorted(rates):
         raise ValueError(f"rates must be three or more in ascending order, not {list(rates)}")
-    best = int(torch.as_tensor(scores).nan_to_num(-math.inf).argmax())
+    values = torch.as_tensor(scores, dtype=torch.float64)
+    if values.shape != (len(rates),):
+        raise ValueError(
+            f"scores must be one score for each of {len(rates)} rates, not {tuple(values.shape)}"
+        )
+    if values.isnan().all():
+        raise ValueError("scores must be numbers, but every score is NaN")
+    best = int(values.nan_to_num(-math.inf, math.inf, -math.inf).argmax())
     if best in (0, len(rates) - 1):
         raise ValueError(
             f"the best rate, {rates[best]}, stands at the edge of the grid {list(rates)}: extend it"
