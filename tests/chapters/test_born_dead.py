@@ -14,10 +14,10 @@ from relubook.chapters.born_dead import (
     DEPTHS,
     born_dead,
     collapse,
+    dead_shares,
     death_layers,
     lower_bound,
     two_wide,
-    unit_states,
     upper_bound,
     width_needed,
 )
@@ -129,54 +129,30 @@ def test_a_bias_as_large_as_the_weights_kills_a_sixth_of_the_first_layer():
     assert stats.binomtest(int((first == 1).sum()), 20_000, 1 / 6).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (upper_bound, (0, 5)),
-        (lower_bound, (2, 1)),
-        (two_wide, ([1],)),
-        (width_needed, (5, 0.0)),
-    ],
-)
-def test_sizes_are_checked(function, arguments):
-    with pytest.raises(ValueError, match="need|probability"):
-        function(*arguments)
-
-
-def test_other_errors():
-    with pytest.raises(ValueError, match="bound must be"):
-        width_needed(5, bound="middle")
-    with pytest.raises(ValueError, match="need width"):
-        death_layers(HALF_LINES, 2, 0, 5, generator=generator())
-    with pytest.raises(ValueError, match="plain ReLU"):
-        unit_states(Recipe(1, 2, 1, depth=3, activation="tanh").stack(2), HALF_LINES)
-
-
 @pytest.mark.parametrize("depth", [2, 5, 50])
 def test_width_needed_is_the_first_that_does(depth):
-    for bound, function in (("upper", upper_bound), ("lower", lower_bound)):
+    for bound in (upper_bound, lower_bound):
         width = width_needed(depth, 0.01, bound=bound)
-        assert function(width, depth) <= 0.01
-        assert width == 1 or function(width - 1, depth) > 0.01
+        assert bound(width, depth) <= 0.01
+        assert width == 1 or bound(width - 1, depth) > 0.01
 
 
-def test_unit_states_are_those_of_the_single_networks():
-    recipe = Recipe(3, 6, 2, depth=4, initializer="torch")
-    stack = recipe.stack([4, 9])
+def test_dead_shares_are_those_of_the_single_networks():
+    stack = Recipe(3, 6, 2, hidden=3, initializer="torch").stack([4, 9])
     x = torch.randn(20, 3, generator=generator())
-    dead, on = unit_states(stack, x)
-    assert dead.shape == on.shape == (2, 3)
+    dead = dead_shares(stack, x)
+    assert dead.shape == (2, 3)
+    assert dead.any()
     for member in range(2):
         net, h = stack.member(member), x
         for layer in range(1, 4):
             h = getattr(net, f"linear{layer}")(h).relu()
             assert dead[member, layer - 1] == (h == 0).all(0).float().mean()
-            assert on[member, layer - 1] == (h > 0).all(0).float().mean()
 
 
 def test_overflow_is_not_death():
-    recipe = Recipe(2, 4, 1, depth=3, initializer="uniform", initializer_options={"bound": 1e30})
-    dead, _ = unit_states(recipe.stack(3), torch.ones(2, 2))
+    recipe = Recipe(2, 4, 1, hidden=2, initializer="uniform", initializer_options={"bound": 1e30})
+    dead = dead_shares(recipe.stack(3), torch.ones(2, 2))
     assert dead[:, 0].isfinite().all()
     assert dead[:, 1].isnan().all()
 

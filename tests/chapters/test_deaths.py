@@ -4,31 +4,25 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from relubook.chapters.deaths import (
     History,
     autopsy,
-    best_rate,
     dates,
     fires,
     gets_gradient,
+    half_squared_error,
     lost_units,
-    member_accuracy,
-    member_losses,
     network_shares,
     outlier_trial,
     plant_dead_,
-    practice,
-    pre_activations,
     rebuilt_variance,
     revived_after,
     sigmoid_recovery,
-    train_on_,
 )
 from relubook.training.recipe import Recipe
-from relubook.training.train import batch_order
+from relubook.training.stack import batch_order
+from relubook.training.train import train
 
 
 @pytest.fixture
@@ -45,29 +39,12 @@ def stack(recipe=RECIPE, seeds=range(3)):
     return recipe.stack(seeds, dtype=torch.float64)
 
 
-class TestPreActivations:
-    def test_equal_those_of_the_single_networks(self, data):
-        network = stack()
-        seen = pre_activations(network, data[0])
-        for i in range(3):
-            member = network.member(i)
-            z1 = member.linear1(data[0])
-            z2 = member.linear2(torch.relu(z1))
-            torch.testing.assert_close(seen[0][i], z1)
-            torch.testing.assert_close(seen[1][i], z2)
-
-    def test_fires_means_positive_once(self, data):
-        network = stack()
-        for z, fire in zip(pre_activations(network, data[0]), fires(network, data[0]), strict=True):
-            assert torch.equal(fire, (z > 0).any(1))
-
-    @pytest.mark.parametrize(
-        "change", [{"normalization": "batch"}, {"residual": "relu(f)+x"}, {"dropout": 0.1}]
-    )
-    def test_refuses_what_is_not_plain(self, data, change):
-        network = Recipe(3, (4, 4), 1, **change).stack(1, dtype=torch.float64)
-        with pytest.raises(ValueError, match="plain networks"):
-            pre_activations(network, data[0])
+def test_fires_means_positive_once(data):
+    network = stack()
+    few = data[0][:2]
+    for (pre, _), fire in zip(network.hidden(few), fires(network, few), strict=True):
+        assert torch.equal(fire, (pre > 0).any(1))
+        assert 0 < fire.sum() < fire.numel()
 
 
 class TestLostUnits:
@@ -90,74 +67,23 @@ class TestLostUnits:
         assert not lost_units(network, data[0])[0].any()
 
 
-class TestMemberLosses:
-    def test_equal_torch(self):
-        output = torch.randn(2, 5, 3)
-        y, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
-        oracles = {
-            "mse": lambda o: F.mse_loss(o, y) / 2,
-            "mae": lambda o: F.l1_loss(o, y),
-            "huber": lambda o: F.huber_loss(o, y),
-            "cross_entropy": lambda o: F.cross_entropy(o, labels),
-        }
-        for name, oracle in oracles.items():
-            each = member_losses(output, labels if name == "cross_entropy" else y, name)
-            torch.testing.assert_close(each, torch.stack([oracle(o) for o in output]))
-
-    def test_unknown(self):
-        with pytest.raises(ValueError, match="unknown loss 'hinge'"):
-            member_losses(torch.zeros(1, 1, 1), torch.zeros(1, 1), "hinge")
-
-
-class TestTrainOn:
-    @pytest.mark.parametrize("kind", ["sgd", "adam"])
-    def test_equals_training_each_alone(self, data, kind):
-        def make(parameters):
-            if kind == "sgd":
-                return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
-            return torch.optim.Adam(parameters, lr=0.01)
-
-        x, y = data
-        network = stack()
-        members = [network.member(i) for i in range(3)]
-        train_on_(
-            network, make(network.parameters()), x, y, steps=12, loss="mae", batch_size=8, shift=5
-        )
-        for i, member in enumerate(members):
-            optimizer = make(member.parameters())
-            for index in batch_order(i + 5, 40, 8, 12):
-                optimizer.zero_grad()
-                F.l1_loss(member(x[index]), y[index]).backward()
-                optimizer.step()
-            vector = nn.utils.parameters_to_vector(member.parameters())
-            torch.testing.assert_close(network.parameter_vectors()[i], vector)
-
+class TestHistory:
     def test_looks_when_it_should(self, data):
-        network = stack()
-        before = fires(network, data[0])
-        sgd = torch.optim.SGD(network.parameters(), lr=0.1)
-        history = train_on_(network, sgd, *data, steps=7, loss="mse", every=3)
-        assert history.steps == (0, 3, 6, 7)
-        assert history.loss.shape == (4, 3)
-        assert history.loss[0].isnan().all()
-        assert torch.equal(history.fires[0][0], before[0])
-        assert torch.equal(history.fires[1][-1], fires(network, data[0])[1])
-
-    def test_own_data_of_each_member(self, data):
-        x, y = data
-        shared, own = stack(), stack()
-        for network, inputs, targets in (
-            (shared, x, y),
-            (own, x.expand(3, -1, -1), y.expand(3, -1, -1)),
-        ):
-            sgd = torch.optim.SGD(network.parameters(), lr=0.1)
-            train_on_(network, sgd, inputs, targets, steps=4, loss="mse", batch_size=8)
-        torch.testing.assert_close(own.parameter_vectors(), shared.parameter_vectors())
+        network, few = stack(), data[0][:2]
+        before = fires(network, few)
+        history = History(network, few, every=3)
+        train(network, *data, steps=6, lr=0.1, optimizer="sgd", each_step=history)
+        assert history.steps == [0, 3, 6]
+        assert torch.equal(history.layer(1)[0], before[0])
+        assert torch.equal(history.layer(2)[-1], fires(network, few)[1])
+        assert not torch.equal(history.layer(1)[0], history.layer(1)[-1])
 
 
 def a_history(*rows):
-    on = torch.tensor(rows, dtype=torch.bool)[:, None]
-    return History(tuple(10 * k for k in range(len(rows))), [on], torch.zeros(len(rows), 1))
+    history = History(stack(), torch.zeros(1, 3, dtype=torch.float64))
+    history.steps = [10 * k for k in range(len(rows))]
+    history.looks = [[torch.tensor([row], dtype=torch.bool)] for row in rows]
+    return history
 
 
 class TestDates:
@@ -167,19 +93,13 @@ class TestDates:
 
     def test_death_and_revival(self):
         found = dates(self.HISTORY, 1)
-        assert found.born_dead.tolist() == [[False, False, False, True, True]]
         assert found.death.tolist() == [[-1, 20, 10, -1, 30]]
         assert found.revival.tolist() == [[-1, -1, 30, -1, -1]]
-        assert found.dead_at_end.tolist() == [[False, True, False, True, True]]
 
     def test_census(self):
         dead, wait = revived_after(self.HISTORY, 1, 20)
         assert dead.tolist() == [[False, True, True, False, False]]
         assert wait.tolist() == [[-1, -1, 10, -1, -1]]
-
-    def test_census_at_a_step_nobody_saw(self):
-        with pytest.raises(ValueError, match="nobody looked at step 15"):
-            revived_after(self.HISTORY, 1, 15)
 
 
 class TestAutopsy:
@@ -195,7 +115,6 @@ class TestAutopsy:
         assert found.died.tolist() == [[True, True, False]]
         assert found.negative_bias.tolist() == [[True, True, False]]
         assert found.without_bias.tolist() == [[True, False, True]]
-        assert found.with_first_bias.tolist() == [[True, False, True]]
         assert found.with_first_weights.tolist() == [[False, True, True]]
         torch.testing.assert_close(found.bias_share, torch.tensor([[5 / 6.5, 0.25, 0.25]]))
 
@@ -212,8 +131,7 @@ class TestPlanting:
         network = stack()
         chosen = plant_dead_(network, 0.5, layers=[1, 2])
         assert [mask.sum(1).tolist() for mask in chosen] == [[4, 4, 4], [3, 3, 3]]
-        adam = torch.optim.Adam(network.parameters(), lr=0.1)
-        train_on_(network, adam, *data, steps=20, loss="mse")
+        train(network, *data, steps=20, lr=0.1)
         for layer, mask in enumerate(chosen, 1):
             linear = network.get_submodule(f"linear{layer}")
             assert (linear.bias[mask] == -1).all()
@@ -262,6 +180,23 @@ class TestOutlierTrial:
         assert found.by_bias.tolist() == [0.0]
         assert found.by_weights.tolist() == [1.0]
 
+    def test_each_member_steps_on_its_own_batch(self, data):
+        x, y = data
+        found = outlier_trial(stack(), x, y, size=3, kind="target", lr=0.05)
+        for i in range(3):
+            losses = []
+            for less in (3, 0):
+                member = stack().member(i)
+                (index,) = batch_order(i + 10**6, 40, 8, 1)
+                wanted = y[index].clone()
+                wanted[0] -= less
+                half_squared_error(member(x[index]), wanted).backward()
+                with torch.no_grad():
+                    for parameter in member.parameters():
+                        parameter -= 0.05 * parameter.grad
+                    losses.append(half_squared_error(member(x), y))
+            torch.testing.assert_close(found.harm[i], losses[0] / losses[1])
+
     def test_kind(self, data):
         with pytest.raises(ValueError, match="'input' or 'target'"):
             outlier_trial(stack(), *data, size=2, kind="label")
@@ -299,34 +234,6 @@ class TestRebuilding:
         share, rank = rebuilt_variance(network, x, x)
         assert abs(share.item()) < 0.01
         assert rank.item() == 0
-
-
-class TestPractice:
-    def test_best_rate_beats_its_neighbors(self, data):
-        rates = (1e-4, 0.02, 10.0)
-        recipe = Recipe(3, (8,), 1)
-        assert best_rate(recipe, data, data, rates=rates, seeds=range(3), steps=100) == 0.02
-
-    def test_edge_of_the_grid(self, data):
-        with pytest.raises(ValueError, match="edge of the grid"):
-            best_rate(RECIPE, data, data, rates=(1e-6, 1e-5, 1e-4), seeds=range(2), steps=20)
-
-    def test_practice_trains(self, data):
-        recipe = Recipe(3, (8,), 1)
-        before, after = (
-            member_losses(
-                practice(recipe, *data, seeds=[0], lr=0.02, steps=n)(data[0]), data[1], "mse"
-            )
-            for n in (0, 100)
-        )
-        assert after < before / 2
-
-    def test_accuracy(self):
-        network = Recipe(2, (), 2).stack(1)
-        with torch.no_grad():
-            network.linear1.weight.copy_(torch.eye(2)[None])
-        x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-        assert member_accuracy(network, x, torch.tensor([0, 1, 0])).item() == pytest.approx(2 / 3)
 
 
 class TestSigmoidRecovery:

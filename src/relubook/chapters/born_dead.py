@@ -11,7 +11,7 @@ of the input.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -21,22 +21,13 @@ from torch import Tensor
 from relubook._optional import require
 from relubook.evidence.data import target
 from relubook.evidence.results import computation
-from relubook.training.stack import Recipe, StackedNetwork
-from relubook.training.train import train_many
+from relubook.training.recipe import Recipe
+from relubook.training.stack import Stack
+from relubook.training.train import train
 
 __all__ = [
-    "BLOCK",
-    "CASES",
-    "DEPTHS",
-    "WIDTHS",
-    "born_dead",
-    "collapse",
-    "death_layers",
-    "lower_bound",
-    "two_wide",
-    "unit_states",
-    "upper_bound",
-    "width_needed",
+    *("BLOCK", "CASES", "DEPTHS", "WIDTHS", "born_dead", "collapse", "dead_shares"),
+    *("death_layers", "lower_bound", "two_wide", "upper_bound", "width_needed"),
 ]
 
 WIDTHS = tuple(range(2, 11))
@@ -47,11 +38,6 @@ DEPTHS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50)
 
 BLOCK = 1000
 """Networks behind one seed of the stored table."""
-
-
-def _sizes(width: int, depth: int) -> None:
-    if width < 1 or depth < 2:
-        raise ValueError(f"need width >= 1 and depth >= 2, not {width} and {depth}")
 
 
 def upper_bound(width: int, depth: int) -> float:
@@ -67,13 +53,9 @@ def upper_bound(width: int, depth: int) -> float:
     Returns:
         ``1 - (1 - 2^-N)^(L - 1)``.
 
-    Raises:
-        ValueError: If ``width`` is below 1 or ``depth`` below 2.
-
     Source:
         Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
     """
-    _sizes(width, depth)
     return -math.expm1((depth - 1) * math.log1p(-(2.0**-width)))
 
 
@@ -91,13 +73,9 @@ def lower_bound(width: int, depth: int) -> float:
         ``1 - 2 a^m + s_m`` with ``q = 2^-N``, ``a = 1 - q``, ``m = L - 1`` and the least
         probability ``s_m`` that both half-lines are alive behind m layers.
 
-    Raises:
-        ValueError: If ``width`` is below 1 or ``depth`` below 2.
-
     Source:
         Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
     """
-    _sizes(width, depth)
     q = 2.0**-width
     a, b, steps = 1 - q, 1 - 2 * q - (width - 1) * q * q, depth - 2
     # From two half-lines with nothing in common (open) to two in one direction (merged).
@@ -106,28 +84,22 @@ def lower_bound(width: int, depth: int) -> float:
     return max(0.0, 1 - 2 * a ** (depth - 1) + both)
 
 
-def width_needed(depth: int, probability: float = 0.01, *, bound: str = "upper") -> int:
+def width_needed(
+    depth: int,
+    probability: float = 0.01,
+    *,
+    bound: Callable[[int, int], float] = upper_bound,
+) -> int:
     """Return the smallest width at which a bound allows no more than a probability.
 
     Args:
         depth: Number of linear maps, at least 2.
         probability: Largest probability of being born dead, in (0, 1).
-        bound: ``"upper"``: that width is enough, for any inputs. ``"lower"``: no smaller one is
-            enough for one input feature without biases.
-
-    Returns:
-        The width.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        bound: With :func:`upper_bound` that width is enough, for any inputs; with
+            :func:`lower_bound` no smaller one is, for one input feature without biases.
     """
-    if bound not in ("upper", "lower"):
-        raise ValueError(f"bound must be 'upper' or 'lower', not {bound!r}")
-    if not 0 < probability < 1:
-        raise ValueError(f"probability must lie strictly between 0 and 1, not {probability!r}")
-    function = upper_bound if bound == "upper" else lower_bound
     width = 1
-    while function(width, depth) > probability:
+    while bound(width, depth) > probability:
         width += 1
     return width
 
@@ -146,13 +118,8 @@ def two_wide(depths: Sequence[int], *, nodes: int = 129, points: int = 24) -> Te
 
     Returns:
         Probabilities, shape (depths,), float64, with an error of about 1e-4 or less.
-
-    Raises:
-        ValueError: If a depth is below 2.
     """
     np: Any = require("numpy", "quadrature")
-    for depth in depths:
-        _sizes(2, depth)
     x, w = np.polynomial.legendre.leggauss(points)
     x, w = torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
     grid = torch.linspace(0, math.pi / 2, nodes, dtype=torch.float64)
@@ -216,15 +183,7 @@ def death_layers(
         born dead there for every depth beyond), 0 for none; shape (networks,), int64. And the
         same for each input alone, shape (networks, n): the first layer in which all units are
         silent on it.
-
-    Raises:
-        ValueError: If a size is below 1.
     """
-    if min(width, layers, networks, len(x)) < 1:
-        raise ValueError(
-            f"need width, layers, networks and inputs >= 1, not {width}, {layers}, {networks} "
-            f"and {len(x)}"
-        )
     h = x.double().expand(networks, *x.shape)
     first = torch.zeros(networks, dtype=torch.int64)
     each = torch.zeros(networks, len(x), dtype=torch.int64)
@@ -245,37 +204,22 @@ def death_layers(
     return first, each
 
 
-def unit_states(network: StackedNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shares of dead and of always-on units of a stack of plain ReLU networks.
+@torch.no_grad()
+def dead_shares(network: Stack, x: Tensor) -> Tensor:
+    """Return the shares of a stack's units whose output is 0 on all inputs.
 
     Args:
-        network: From ``recipe.stack(seeds)``, with ``activation="relu"``, without normalization
-            or skip connections.
+        network: From ``recipe.stack(seeds)``.
         x: Inputs, shape (n, features).
 
     Returns:
-        Share of each hidden layer's units that are silent on all n inputs, and share that fire on
-        all of them, each (members, layers). NaN where a layer's pre-activations are not finite.
-
-    Raises:
-        ValueError: If the network is of another kind.
+        Shape (members, layers). NaN where a layer's pre-activations are not finite.
     """
-    recipe = network.recipe
-    if (recipe.activation, recipe.normalization, recipe.residual) != ("relu", "none", "none"):
-        raise ValueError("unit_states wants plain ReLU networks without normalization")
-    dead: list[Tensor] = []
-    on: list[Tensor] = []
-    with torch.no_grad():
-        h = x
-        for layer in range(1, recipe.hidden + 1):
-            z = getattr(network, f"linear{layer}")(h)
-            h = z.relu()
-            lost = ~z.flatten(1).isfinite().all(1)
-            for shares, state in ((dead, h.amax(1) == 0), (on, h.amin(1) > 0)):
-                share = state.to(x.dtype).mean(1)
-                share[lost] = math.nan
-                shares.append(share)
-    return torch.stack(dead, 1), torch.stack(on, 1)
+    shares = []
+    for pre, post in network.hidden(x):
+        share = (post == 0).all(1).to(x.dtype).mean(1)
+        shares.append(share.where(pre.isfinite().all((1, 2)), math.nan))
+    return torch.stack(shares, 1)
 
 
 @computation("born-dead", grid={"width": list(WIDTHS)}, seeds=40)
@@ -321,10 +265,8 @@ def collapse(seeds: Iterable[int], *, case: str, lr: float) -> Mapping[str, list
     name, width, depth = CASES[case]
     wanted = target(name)
     data = wanted.sample(1000, generator=torch.Generator().manual_seed(0))
-    run = train_many(
-        Recipe(wanted.inputs, width, wanted.outputs, depth=depth), data.x, data.y,
-        seeds=seeds, steps=2000, lr=lr, batch_size=64, record=[], chunk=250,
-    )  # fmt: skip
+    stack = Recipe(wanted.inputs, width, wanted.outputs, hidden=depth - 1).stack(seeds)
+    run = train(stack, data.x, data.y, steps=2000, lr=lr, batch_size=64, record=[])
     constant = (run.dead == 1).any(2).double()
     constant[-1][run.diverged >= 0] = math.nan
     return {"born": constant[0].tolist(), "collapsed": constant[-1].tolist()}
