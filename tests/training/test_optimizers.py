@@ -152,3 +152,14 @@ def test_fused_updates_equal_the_loop(kind, rates):
     assert_same(
         run, [loop(recipe, x, y, s, lr=r, optimizer=theirs, **settings)[0] for s, r in rates]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sgd_steps_right_in_16_bits(dtype):
+    recipe = make(widths=(70, 60))
+    x, y = examples(recipe, dtype=dtype)
+    stack = recipe.stack(2, dtype=dtype)
+    before = stack.parameter_vectors().float()
+    run = train(stack, x, y, steps=1, lr=0.5, optimizer="sgd")
+    moved = (stack.parameter_vectors().float() - before).norm(dim=1)
+    torch.testing.assert_close(moved, 0.5 * run.gradient_norm[-1], rtol=0.05, atol=0)
