@@ -26,8 +26,13 @@ from relubook.training.stack import Stack
 from relubook.training.train import train
 
 __all__ = [
-    *("BLOCK", "CASES", "DEPTHS", "WIDTHS", "born_dead", "collapse", "dead_shares"),
-    *("death_layers", "lower_bound", "two_wide", "upper_bound", "width_needed"),
+    "born_dead",
+    "collapse",
+    "dead_shares",
+    "lower_bound",
+    "two_wide",
+    "upper_bound",
+    "width_needed",
 ]
 
 WIDTHS = tuple(range(2, 11))

@@ -164,7 +164,7 @@ def make_optimizer(
     values = [value for group in groups for value in group["params"]]
     if all(value.is_contiguous() for value in values):
         with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            fused = make(groups, **{"fused": True} | options)
+            fused = make([dict(group) for group in groups], **{"fused": True} | options)
             # Fused SGD takes wrong steps in 16 bits (torch 2.13, on the processor).
             if values[0].element_size() > 2 or not isinstance(fused, torch.optim.SGD):
                 return fused
