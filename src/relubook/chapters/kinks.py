@@ -180,7 +180,7 @@ def chosen_at_zero(
     seeds = member_seeds(seeds)
     stack = recipe.stack([*seeds] * len(values), dtype=dtype)
     each = torch.tensor(values, dtype=dtype).repeat_interleave(len(seeds))[:, None, None]
-    for layer in range(1, recipe.hidden + 1):
+    for layer in range(1, len(recipe.hidden_widths) + 1):
         setattr(stack, f"act{layer}", _Chosen(rule, each))
     return stack
 
