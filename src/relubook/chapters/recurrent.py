@@ -6,7 +6,6 @@ gradient flow is after: the sum in an LSTM's state, or identity weights in a pla
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -33,16 +32,14 @@ class Cell(NamedTuple):
         return 4 if self.kind == "lstm" else 1
 
 
-CELLS: Mapping[str, Cell] = MappingProxyType(
-    {
-        "tanh": Cell("tanh"),
-        "tanh, identity": Cell("tanh", identity=True),
-        "ReLU": Cell("relu"),
-        "ReLU, identity": Cell("relu", identity=True),
-        "LSTM": Cell("lstm"),
-        "LSTM, open gate": Cell("lstm", forget_bias=100.0),
-    }
-)
+CELLS = {
+    "tanh": Cell("tanh"),
+    "tanh, identity": Cell("tanh", identity=True),
+    "ReLU": Cell("relu"),
+    "ReLU, identity": Cell("relu", identity=True),
+    "LSTM": Cell("lstm"),
+    "LSTM, open gate": Cell("lstm", forget_bias=100.0),
+}
 """The cells that the book compares."""
 
 

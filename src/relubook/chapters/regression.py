@@ -43,21 +43,15 @@ def fit_line(x: Tensor, y: Tensor, power: int) -> Tensor:
 
 
 def descend_on_lines(
-    cost: Callable[[Tensor], Tensor],
-    *,
-    sets: int,
-    rate: float,
-    decay: float = 1.0,
-    steps: int = 1000,
-    points: int = 30,
+    cost: Callable[[Tensor], Tensor], *, sets: int, rate: float, decay: float = 1, steps: int = 1000
 ) -> tuple[Tensor, Tensor]:
-    """Fit noise-free lines by gradient descent, so that all kinks of the cost lie at the solution.
+    """Fit noise-free lines by gradient descent: all kinks of the cost lie at the solution.
 
-    The rate decays by a factor a step. Returns the distance of slope and intercept from the
-    solution before each step, (steps, sets), and which sets met an error of exactly 0, (sets,).
+    A set has 30 points; the rate decays by a factor a step. Returns the distance of slope and
+    intercept from the solution before each step, (steps, sets), and which sets met an error of 0.
     """
     draw = torch.Generator().manual_seed(0)
-    x = 2 * torch.rand(sets, points, generator=draw, dtype=torch.float64) - 1
+    x = 2 * torch.rand(sets, 30, generator=draw, dtype=torch.float64) - 1
     true = torch.tensor([[2.0], [1.0]], dtype=torch.float64)
     w = torch.zeros(sets, 2, 1, dtype=torch.float64)
     path, met = [], torch.zeros(sets, dtype=torch.bool)
