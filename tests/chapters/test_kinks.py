@@ -84,15 +84,13 @@ def test_zeros_by_rounding_are_counted_and_told_from_exact_ones():
     assert exact_zeros(x.double(), [0], one_sum=True).share == 0
 
 
-def test_zeros_behind_normalization_need_normalization():
+def test_zeros_behind_normalization():
     x = torch.rand(100, 8, generator=torch.Generator().manual_seed(0))
     recipe = Recipe(8, (16, 16), 2, normalization="batch")
     coarse = normalized_zeros(recipe, x.bfloat16(), 3)
     assert coarse.shape == (3,)
     assert (coarse > 0).all()
     assert (normalized_zeros(recipe, x.double(), 3) == 0).all()
-    with pytest.raises(ValueError, match="'none'"):
-        normalized_zeros(Recipe(8, (16, 16), 2), x, 3)
 
 
 def test_zeros_behind_silence_equal_a_count_by_hand():
@@ -107,8 +105,6 @@ def test_zeros_behind_silence_equal_a_count_by_hand():
             h = torch.relu(z)
     assert count.share.item() == pytest.approx((zeros[1] + zeros[2]).item() / 2)
     assert count.rounded.nan_to_num().item() == 0
-    with pytest.raises(ValueError, match="two hidden layers"):
-        structural_zeros(Recipe(2, (2,), 1), x, 1)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
@@ -128,8 +124,6 @@ def test_choices_share_starts_and_differ_in_the_value_alone():
     assert torch.equal(weights[:2], weights[2:])
     outputs = stack(LINE)
     assert torch.equal(outputs[:2], outputs[2:])
-    with pytest.raises(ValueError, match="'tanh'"):
-        chosen_at_zero(Recipe(1, 2, 1, hidden=2, activation="tanh"), 2, (0, 1))
 
 
 def test_gradient_changes_where_a_layer_is_silent():

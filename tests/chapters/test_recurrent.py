@@ -130,21 +130,3 @@ def test_no_global_randomness_is_used():
     norms_through_time("tanh", [0], units=UNITS, steps=STEPS)
     memory_task("tanh", [0], 0.01, steps=3, updates=10)
     assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"kind": "gru"}, "gru"),
-        ({"kind": "lstm", "identity": True}, "identity"),
-        ({"kind": "relu", "forget_bias": 1.0}, "forget"),
-    ],
-)
-def test_wrong_cells_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        Cell(**wrong)
-
-
-def test_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="LSTM"):
-        norms_through_time("lstm2", [0])

@@ -42,15 +42,3 @@ def test_descent_arrives_with_the_square_and_stays_off_with_the_absolute_error()
     stays, _ = descend_on_lines(torch.abs, sets=5, rate=0.3, steps=400)
     falls, _ = descend_on_lines(torch.abs, sets=5, rate=0.3, steps=400, decay=0.98)
     assert falls[-1].max() < stays[-1].min()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: line_data("pink", 0), "unknown noise 'pink'; known: normal"),
-        (lambda: fit_line(*line_data("normal", 0), 0), "at least 1, not 0"),
-    ],
-)
-def test_named_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

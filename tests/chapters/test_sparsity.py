@@ -74,15 +74,9 @@ def test_kinds_are_consistent(n, units, seed):
     torch.testing.assert_close(torch.stack(list(mirrored)), torch.stack(list(kinds)))
 
 
-def test_kinds_refuse_what_has_none():
-    with pytest.raises(ValueError, match=r"not \(5,\)"):
-        unit_kinds(torch.ones(5))
-    with pytest.raises(ValueError, match=r"not \(0, 5\)"):
-        unit_kinds(torch.ones(0, 5))
+def test_kinds_refuse_networks_that_overflowed():
     with pytest.raises(ValueError, match="1 non-finite"):
         unit_kinds(torch.tensor([[1.0, math.nan]]))
-    with pytest.raises(ValueError, match="not 1.5"):
-        unit_kinds(torch.ones(2, 2), rare=1.5)
 
 
 def test_correlation_is_that_of_corrcoef():
@@ -115,10 +109,6 @@ def test_winners_are_the_largest(k, seed):
 def test_all_winners_are_relu():
     z = torch.linspace(-1, 1, 6).repeat(3, 1)
     assert torch.equal(k_winners(6)(z), torch.relu(z))
-    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
-        k_winners(0)
-    with pytest.raises(ValueError, match="7 winners.* has 6"):
-        k_winners(7)(z)
 
 
 def test_learned_is_the_first_look_that_found_it():
@@ -180,10 +170,6 @@ def test_mixtures_are_sums_of_their_features():
     torch.testing.assert_close(norms, norms[:1].expand(12))
     again, _ = sparse_mixtures(500, features=12, inputs=5, probability=0.2, seed=3)
     assert torch.equal(again, x)
-    with pytest.raises(ValueError, match="probability .* not 0"):
-        sparse_mixtures(5, features=2, inputs=2, probability=0, seed=0)
-    with pytest.raises(ValueError, match="features must be at least 1"):
-        sparse_mixtures(5, features=0, inputs=2, probability=0.1, seed=0)
 
 
 def test_features_are_found_where_units_hold_them():
@@ -197,13 +183,6 @@ def test_features_are_found_where_units_hold_them():
     want = [torch.corrcoef(torch.cat([half[:, :3], s[:, None]], 1).T) for s in strength.T]
     best = torch.stack([c[3, :3].abs().amax() for c in want]).mean()
     torch.testing.assert_close(features_found(half, strength), best)
-
-
-def test_features_that_cannot_be_found_are_named():
-    with pytest.raises(ValueError, match="feature 1 "):
-        features_found(torch.rand(5, 2), torch.tensor([[1.0, 0.0]]) * torch.arange(5.0)[:, None])
-    with pytest.raises(ValueError, match=r"\(5, features\), not \(4, 2\)"):
-        features_found(torch.rand(5, 2), torch.rand(4, 2))
 
 
 @given(st.floats(0, 1), st.integers(0, 2**32))
@@ -220,8 +199,6 @@ def test_zeros_come_in_the_share_asked_for():
     assert with_zeros(3, 5, 1, generator).eq(0).all()
     assert with_zeros(3, 5, 0, generator).shape == (3, 5)
     assert with_zeros(100, 100, 0.8, generator).eq(0).float().mean() == pytest.approx(0.8, abs=0.02)
-    with pytest.raises(ValueError, match="not -0.1"):
-        with_zeros(3, 5, -0.1, generator)
 
 
 def test_kernels_are_timed_against_the_ordinary_one():
@@ -230,10 +207,6 @@ def test_kernels_are_timed_against_the_ordinary_one():
     speeds = kernel_speeds(weight, 0.9, rows=4, repeats=3, generator=generator)
     assert all(0 < speed.value < math.inf for speed in speeds)
     assert {speed.n for speed in speeds} == {3}
-    with pytest.raises(ValueError, match="not 1"):
-        kernel_speeds(weight, 1, rows=4, repeats=3, generator=generator)
-    with pytest.raises(ValueError, match="repeats must be at least 2, not 1"):
-        kernel_speeds(weight, 0.5, rows=4, repeats=1, generator=generator)
 
 
 def at(value):
@@ -251,7 +224,3 @@ def test_break_even_of_a_power_law(even, power):
 def test_break_even_needs_a_crossing():
     assert math.isnan(break_even({0.1: at(0.5), 0.9: at(0.8)}))
     assert math.isnan(break_even({0.1: at(1.5), 0.9: at(2.8)}))
-    with pytest.raises(ValueError, match=r"not \[0.5\]"):
-        break_even({0.5: at(1.0)})
-    with pytest.raises(ValueError, match=r"not \[0.5, 1\]"):
-        break_even({0.5: at(1.0), 1: at(2.0)})

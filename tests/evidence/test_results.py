@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from relubook.chapters.one_network import all_flips, flipped_verdicts
+from relubook.chapters.one_network import flipped_verdicts
 from relubook.evidence import results
 from relubook.evidence.results import (
     Results,
@@ -269,7 +269,7 @@ def test_flipped_verdicts_by_hand():
 def test_flipped_verdicts_of_normal_samples():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.5, 1, 2000), rng.normal(0, 1, 2000)
-    (flips,) = all_flips({"a": a, "b": b}).values()
+    flips = flipped_verdicts(a, b)
     import scipy.stats
 
     assert flips.flipped == pytest.approx(scipy.stats.norm.cdf(-0.5 / math.sqrt(2)), abs=0.02)

@@ -19,16 +19,9 @@ from relubook.chapters.theory import (
 )
 from relubook.training.stack import Stack
 
-__all__ = ["Misses", "draw_regions", "interpolation_misses", "member_regions", "region_counts"]
-
 
 class Misses(NamedTuple):
-    """Largest errors of an interpolating network.
-
-    Attributes:
-        knots: At the knots, where there is none but rounding.
-        between: Between them.
-    """
+    """Largest errors of an interpolating network at its knots (rounding alone), and between."""
 
     knots: float
     between: float
@@ -37,31 +30,13 @@ class Misses(NamedTuple):
 def interpolation_misses(
     function: Callable[[Tensor], Tensor], low: float, high: float, units: int, *, inside: int = 15
 ) -> Misses:
-    """Build the ReLU network that joins points of a function by straight lines; measure its error.
+    """Join ``units + 1`` equidistant points of a function by a network; measure its error.
 
-    Args:
-        function: Maps float64 of shape (n,) elementwise.
-        low: The first knot.
-        high: The last knot, above ``low``.
-        units: Hidden units: as many as there are intervals between the ``units + 1`` knots, which
-            stand at equal distances.
-        inside: Points at which each interval is looked at, at equal distances; an odd number has
-            the middle among them.
+    Every interval is looked at in ``inside`` equidistant points; an odd number has the middle.
 
-    Returns:
-        The largest absolute errors.
-
-    Raises:
-        ValueError: If the interval is empty, or ``units`` or ``inside`` is below 1.
-
-    Example:
-        >>> interpolation_misses(torch.square, 0.0, 1.0, 4)
-        Misses(knots=0.0, between=0.015625)
+    >>> interpolation_misses(torch.square, 0.0, 1.0, 4)
+    Misses(knots=0.0, between=0.015625)
     """
-    if not low < high:
-        raise ValueError(f"need low < high, not {low!r} and {high!r}")
-    if units < 1 or inside < 1:
-        raise ValueError(f"units and inside must be at least 1, not {units} and {inside}")
     knots = torch.linspace(low, high, units + 1, dtype=torch.float64)
     steps = torch.arange(1, inside + 1, dtype=torch.float64) / (inside + 1)
     between = (knots[:-1, None] + steps * ((high - low) / units)).flatten()
@@ -76,55 +51,18 @@ def interpolation_misses(
 def member_regions(
     network: Stack, member: int, *, low: float = -1.0, high: float = 1.0
 ) -> list[PlaneRegion]:
-    """Cut a square into the linear regions of one network of a stack.
-
-    Args:
-        network: A stack of plain ReLU networks with two inputs.
-        member: Its place in the stack.
-        low: Lower end of the square on both axes.
-        high: Upper end, above ``low``.
-
-    Returns:
-        The regions, see :func:`relubook.chapters.theory.plane_regions`.
-
-    Raises:
-        ValueError: If the networks have not two inputs or are not plain, or the square is empty.
-        IndexError: If there is no such member.
-    """
+    """Cut a square into the linear regions of one plain ReLU network of two inputs in a stack."""
     return plane_regions(layers_of(network.member(member)), low=low, high=high)
 
 
 def region_counts(network: Stack, *, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Count the linear regions of each network of a stack in a square.
-
-    Args:
-        network: A stack of plain ReLU networks with two inputs.
-        low: Lower end of the square on both axes.
-        high: Upper end, above ``low``.
-
-    Returns:
-        Whole numbers, float64, shape (members,).
-
-    Raises:
-        ValueError: As :func:`member_regions`.
-    """
+    """Count the linear regions of each network of a stack in a square, float64 (members,)."""
     counts = [len(member_regions(network, m, low=low, high=high)) for m in range(len(network))]
     return torch.tensor(counts, dtype=torch.float64)
 
 
 def draw_regions(axes: Any, regions: Sequence[PlaneRegion]) -> None:
-    """Draw regions as polygons in pale colors, and fit the axes to them.
-
-    Args:
-        axes: ``matplotlib.axes.Axes`` to draw on.
-        regions: What :func:`member_regions` returns.
-
-    Raises:
-        ValueError: If there is no region.
-        ImportError: If matplotlib is not installed.
-    """
-    if not regions:
-        raise ValueError("regions is empty: there is nothing to draw")
+    """Draw regions as polygons in pale colors on matplotlib's axes, and fit the axes to them."""
     polygons = [region.corners for region in regions]
     palette = require("matplotlib", "figures").colormaps["Pastel1"]
     colors = palette([place % palette.N for place in range(len(polygons))])

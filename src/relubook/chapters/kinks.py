@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,14 @@ from relubook.training.recipe import Recipe
 from relubook.training.stack import RecipeStack, member_seeds
 from relubook.training.train import train
 
-__all__ = [
-    "Slopes",
-    "ZeroCount",
-    "chosen_at_zero",
-    "collapses",
-    "constant_at_zero",
-    "exact_zeros",
-    "gradient_changes",
-    "kinks",
-    "normalized_zeros",
-    "slopes_at",
-    "structural_zeros",
-    "train_choices",
-]
-
+Seeds = int | Iterable[int]
+Elementwise = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor, Tensor], Tensor]
 """A ReLU of an input and of the value that stands for its derivative at 0."""
 
 
 class Slopes(NamedTuple):
-    """The slopes of a function of one number at a point.
-
-    Attributes:
-        left: Its left derivative.
-        right: Its right derivative.
-        returned: What automatic differentiation returns; NaN is possible.
-    """
+    """Left and right derivative of a function of one number, and what autograd returns."""
 
     left: float
     right: float
@@ -54,8 +35,7 @@ class Slopes(NamedTuple):
     @property
     def least(self) -> float:
         """The number of least absolute value between the two slopes, as torch documents."""
-        least = min(self.left, self.right, key=abs)
-        return 0.0 if self.left * self.right <= 0 else least
+        return 0.0 if self.left * self.right <= 0 else min(self.left, self.right, key=abs)
 
     @property
     def is_one_sided(self) -> bool:
@@ -63,21 +43,11 @@ class Slopes(NamedTuple):
         return min(abs(self.returned - self.left), abs(self.returned - self.right)) < 1e-6
 
 
-def slopes_at(
-    function: Callable[[Tensor], Tensor], point: float, dtype: torch.dtype = torch.float64
-) -> Slopes:
-    """Compare a function's one-sided derivatives with what automatic differentiation returns.
+def slopes_at(function: Elementwise, point: float, dtype: torch.dtype = torch.float64) -> Slopes:
+    """Compare a function's one-sided derivatives with what autograd returns in a type.
 
-    The one-sided derivatives are difference quotients over 2^-26 in float64, exact for functions
-    that are linear on either side.
-
-    Args:
-        function: Maps a tensor of shape (n,) elementwise.
-        point: Where.
-        dtype: Type in which automatic differentiation runs.
-
-    Returns:
-        The three slopes.
+    The one-sided ones are difference quotients over 2^-26 in float64, exact for functions that
+    are linear on either side.
     """
     step = 2.0**-26
     with torch.no_grad():
@@ -87,18 +57,15 @@ def slopes_at(
     return Slopes((here - low).item() / step, (high - here).item() / step, returned.item())
 
 
-def kinks() -> dict[str, tuple[Callable[[Tensor], Tensor], float]]:
+def kinks() -> dict[str, tuple[Elementwise, float]]:
     """Return functions by name, each with a point where it may have a kink.
 
-    They are the members of the registry at 0 (the step function, which jumps there, left out),
-    the corners of torch's other piecewise linear functions, and ways to write ReLU or the
-    absolute value with operations on numbers.
+    They are the registry's at 0 (without the step function, which jumps), the corners of torch's
+    other piecewise linear functions, and ways to write ReLU or the absolute value.
     """
     zero = torch.zeros_like
-    registry = {
-        name: (activation(name).double().eval(), 0.0) for name in REGISTRY if name != "step"
-    }
-    return registry | {
+    names = [name for name in REGISTRY if name != "step"]
+    return {name: (activation(name).double().eval(), 0.0) for name in names} | {
         "elu, alpha = 2": (nn.ELU(2.0), 0.0),
         "relu6 at 6": (F.relu6, 6.0),
         "threshold": (lambda x: F.threshold(x, 0, 0), 0.0),
@@ -120,12 +87,7 @@ def kinks() -> dict[str, tuple[Callable[[Tensor], Tensor], float]]:
 
 
 class ZeroCount(NamedTuple):
-    """Exact zeros among the pre-activations of networks.
-
-    Attributes:
-        share: Share of the pre-activations that are exactly 0, a number a network.
-        rounded: Share of these zeros that are rounded numbers, not exact sums; NaN without zeros.
-    """
+    """By network: share of pre-activations exactly 0; share of these rounded, not exact sums."""
 
     share: Tensor
     rounded: Tensor
@@ -134,21 +96,11 @@ class ZeroCount(NamedTuple):
 def exact_zeros(
     x: Tensor, seeds: Iterable[int], *, one_sum: bool, width: int = 512, bias: float = 0.1
 ) -> ZeroCount:
-    """Count exact zeros in random layers, in the precision of their inputs.
+    """Count exact zeros in random layers, in the precision of their inputs (n, features).
 
     Weights are normal with He's variance for half of the inputs (as many digits' pixels are
-    black), biases uniform. For each zero the sum is looked up in float64.
-
-    Args:
-        x: Inputs, shape (n, features), in the type whose rounding is in question.
-        seeds: One a layer.
-        one_sum: Whether weights, inputs and bias are summed in one go and rounded once; otherwise
-            the sum is rounded before the bias is added.
-        width: Units a layer.
-        bias: Largest absolute bias.
-
-    Returns:
-        The count, shapes (seeds,).
+    black), biases uniform up to ``bias``. Weights, inputs and bias are summed in one go and rounded
+    once, or the sum is rounded before the bias is added. The exact sum is looked up in float64.
     """
     counts = []
     features = x.shape[1]
@@ -164,56 +116,27 @@ def exact_zeros(
     return ZeroCount(*torch.tensor(counts, dtype=torch.float64).T)
 
 
-def normalized_zeros(recipe: Recipe, x: Tensor, seeds: int | Iterable[int]) -> Tensor:
-    """Return each network's share of exact zeros behind its batch normalizations.
+@torch.no_grad()
+def normalized_zeros(recipe: Recipe, x: Tensor, seeds: Seeds) -> Tensor:
+    """Return each network's share of exact zeros behind its batch normalizations, (networks,)."""
+    layers = recipe.stack(seeds, dtype=x.dtype).hidden(x)
+    return torch.stack([(z == 0).double().mean((1, 2)) for z, _ in layers]).mean(0)
 
-    Args:
-        recipe: Networks with batch normalization.
-        x: Inputs, shape (n, inputs), in the type of the computation.
-        seeds: One a network; a number m stands for ``range(m)``.
 
-    Returns:
-        Shape (networks,), float64.
+@torch.no_grad()
+def structural_zeros(recipe: Recipe, x: Tensor, seeds: Seeds) -> ZeroCount:
+    """Count exact zeros behind the first of several hidden layers.
 
-    Raises:
-        ValueError: If the recipe has no batch normalization.
+    A zero counts as rounded unless all units of the layer before are silent on that input.
     """
-    if recipe.normalization != "batch":
-        raise ValueError(f"normalization must be 'batch', not {recipe.normalization!r}")
-    with torch.no_grad():
-        layers = recipe.stack(seeds, dtype=x.dtype).hidden(x)
-    shares = [(z == 0).double().mean((1, 2)) for z, _ in layers]
-    return torch.stack(shares).mean(0)
-
-
-def structural_zeros(recipe: Recipe, x: Tensor, seeds: int | Iterable[int]) -> ZeroCount:
-    """Count exact zeros behind the first layer, where whole layers can be silent on an input.
-
-    Args:
-        recipe: Plain networks of two hidden layers or more.
-        x: Inputs, shape (n, inputs).
-        seeds: One a network; a number m stands for ``range(m)``.
-
-    Returns:
-        The count, shapes (networks,). A zero counts as rounded unless all units of the layer
-        before it are silent.
-
-    Raises:
-        ValueError: If the networks have fewer than two hidden layers.
-    """
-    if recipe.hidden < 2:
-        raise ValueError(f"two hidden layers are needed, the recipe has {recipe.hidden}")
-    stack = recipe.stack(seeds, dtype=x.dtype)
-    zeros, rounded = torch.zeros(2, len(stack), dtype=torch.float64)
-    all_units = 0
-    with torch.no_grad():
-        layers = stack.hidden(x)
-    for (_, before), (z, _) in itertools.pairwise(layers):
+    zeros, rounded, units = [], [], 0
+    for (_, before), (z, _) in itertools.pairwise(recipe.stack(seeds, dtype=x.dtype).hidden(x)):
         at_zero = z == 0
-        zeros = zeros + at_zero.double().sum((1, 2))
-        rounded = rounded + (at_zero & (before != 0).any(2, keepdim=True)).double().sum((1, 2))
-        all_units += z[0].numel()
-    return ZeroCount(zeros / all_units, rounded / zeros)
+        zeros.append(at_zero.double().sum((1, 2)))
+        rounded.append((at_zero & (before != 0).any(2, keepdim=True)).double().sum((1, 2)))
+        units += z[0].numel()
+    found = torch.stack(zeros).sum(0)
+    return ZeroCount(found / units, torch.stack(rounded).sum(0) / found)
 
 
 class _ConstantAtZero(torch.autograd.Function):
@@ -231,18 +154,7 @@ class _ConstantAtZero(torch.autograd.Function):
 def constant_at_zero(input: Tensor, value: Tensor) -> Tensor:
     """ReLU whose backward pass puts the value itself where the input is 0: not the chain rule.
 
-    For comparison with :func:`relubook.layers.activations.relu_with_derivative_at_zero`, which multiplies
-    the value by the incoming gradient.
-
-    Args:
-        input: Any shape, floating point.
-        value: Can be expanded to that shape.
-
-    Returns:
-        Same shape as the input.
-
-    Source:
-        ``relu.py`` of github.com/deel-ai/relu-prime, read at commit aa204578.
+    Source: ``relu.py`` of github.com/deel-ai/relu-prime, read at commit aa204578.
     """
     return _ConstantAtZero.apply(input, value)
 
@@ -258,53 +170,27 @@ class _Chosen(nn.Module):
 
 def chosen_at_zero(
     recipe: Recipe,
-    seeds: int | Iterable[int],
+    seeds: Seeds,
     values: Sequence[float],
     *,
     dtype: torch.dtype | None = None,
     rule: Rule = relu_with_derivative_at_zero,
 ) -> RecipeStack:
-    """Stack the networks of all seeds once for each value of ReLU'(0).
-
-    Args:
-        recipe: Networks with ReLU.
-        seeds: One a network; a number m stands for ``range(m)``.
-        values: Values of the derivative at 0.
-        dtype: Type of the parameters.
-        rule: What the backward pass does with the value.
-
-    Returns:
-        ``len(values) * networks`` members, value by value.
-
-    Raises:
-        ValueError: If the recipe's activation is not ReLU.
-    """
-    if recipe.activation != "relu":
-        raise ValueError(f"the activation must be 'relu', not {recipe.activation!r}")
+    """Stack the ReLU networks of all seeds once for each value of ReLU'(0), value by value."""
     seeds = member_seeds(seeds)
     stack = recipe.stack([*seeds] * len(values), dtype=dtype)
     each = torch.tensor(values, dtype=dtype).repeat_interleave(len(seeds))[:, None, None]
-    for layer in range(1, recipe.hidden + 1):
+    for layer in range(1, len(recipe.hidden_widths) + 1):
         setattr(stack, f"act{layer}", _Chosen(rule, each))
     return stack
 
 
 def gradient_changes(
-    recipe: Recipe,
-    x: Tensor,
-    cost: Callable[[Tensor], Tensor],
-    seeds: int | Iterable[int],
+    recipe: Recipe, x: Tensor, cost: Callable[[Tensor], Tensor], seeds: Seeds
 ) -> Tensor:
-    """Return which networks' gradient differs between ReLU'(0) = 0 and 1, at the start.
+    """Return which networks' first gradient differs between ReLU'(0) = 0 and 1, bool (networks,).
 
-    Args:
-        recipe: Networks with ReLU.
-        x: Inputs, shape (n, inputs), in the type of the computation.
-        cost: Maps the outputs of all members to one number, their sum of costs.
-        seeds: One a network; a number m stands for ``range(m)``.
-
-    Returns:
-        Bool, shape (networks,).
+    The cost maps the outputs of all members to their sum of costs.
     """
     stack = chosen_at_zero(recipe, seeds, (0, 1), dtype=x.dtype)
     parts = torch.autograd.grad(cost(stack(x)), list(stack.parameters()))
@@ -315,76 +201,35 @@ def gradient_changes(
 def train_choices(
     recipe: Recipe,
     data: Dataset,
-    seeds: int | Iterable[int],
+    seeds: Seeds,
     *,
-    lr: float,
-    steps: int,
-    batch_size: int,
     values: Sequence[float] = (0, 0.5, 1),
     rule: Rule = relu_with_derivative_at_zero,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Train classifiers by SGD that differ in the value of ReLU'(0) alone.
+    """Train classifiers by SGD that differ in ReLU'(0) alone; settings are those of ``train``.
 
-    Every value gets the same starts and the same batches, in the type of the data; the
-    cross-entropy is computed in float32.
-
-    Args:
-        recipe: Networks with ReLU.
-        data: A classification data set.
-        seeds: One a network; a number m stands for ``range(m)``.
-        lr: Learning rate.
-        steps: Number of steps.
-        batch_size: Examples a step.
-        values: Values of the derivative at 0.
-        rule: What the backward pass does with the value.
-
-    Returns:
-        Test accuracy, shape (values, networks); a non-finite network counts by what its
-        ``argmax`` says. And which networks end with other weights under the last value than
-        under the first, bool, shape (networks,).
+    Returns test accuracy (values, networks), and which networks end with other weights under the
+    last value than under the first. All in the type of the data, but cross-entropy in float32.
     """
-    seeds = member_seeds(seeds)
     stack = chosen_at_zero(recipe, seeds, values, dtype=data.train.x.dtype, rule=rule)
-    train(
-        stack, data.train.x, data.train.y, steps=steps, lr=lr, optimizer="sgd",
-        batch_size=batch_size, record=[], progress=False,
-        loss=lambda out, y: F.cross_entropy(out.float(), y),
-    )  # fmt: skip
+    settings |= {"optimizer": "sgd", "loss": lambda out, y: F.cross_entropy(out.float(), y)}
+    train(stack, data.train.x, data.train.y, record=[], progress=False, **settings)
     with torch.no_grad():
         right = stack.eval()(data.test.x).argmax(-1) == data.test.y
     weights = stack.parameter_vectors().chunk(len(values))
-    accuracy = right.double().mean(1).view(len(values), len(seeds))
-    return accuracy, (weights[0] != weights[-1]).any(1)
+    return right.double().mean(1).view(len(values), -1), (weights[0] != weights[-1]).any(1)
 
 
 def collapses(
-    recipe: Recipe,
-    x: Tensor,
-    y: Tensor,
-    seeds: int | Iterable[int],
-    *,
-    lr: float,
-    steps: int,
-    values: Sequence[float] = (0, 1),
+    recipe: Recipe, x: Tensor, y: Tensor, seeds: Seeds, *, lr: float, steps: int
 ) -> Tensor:
-    """Return which networks end as a constant, for each value of ReLU'(0).
+    """Return which networks of one output end constant, to 1e-3, under ReLU'(0) = 0 and 1.
 
-    Full batches, Adam, squared error. Constant means that the outputs differ by less than 1e-3.
-
-    Args:
-        recipe: Networks with ReLU and one output.
-        x: Inputs, shape (n, inputs).
-        y: Targets, shape (n, 1).
-        seeds: One a network; a number m stands for ``range(m)``.
-        lr: Learning rate.
-        steps: Number of steps.
-        values: Values of the derivative at 0.
-
-    Returns:
-        Bool, shape (values, networks).
+    Bool (2, networks), after full batches of Adam and the squared error.
     """
-    stack = chosen_at_zero(recipe, seeds, values, dtype=x.dtype)
+    stack = chosen_at_zero(recipe, seeds, (0, 1), dtype=x.dtype)
     train(stack, x, y, steps=steps, lr=lr, record=[], progress=False)
     with torch.no_grad():
         outputs = stack(x)[..., 0]
-    return (outputs.amax(1) - outputs.amin(1) < 1e-3).view(len(values), -1)
+    return (outputs.amax(1) - outputs.amin(1) < 1e-3).view(2, -1)

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from relubook._optional import require
 from relubook.evidence.data import dataset
@@ -11,8 +10,6 @@ from relubook.evidence.results import computation
 from relubook.evidence.statistics import Estimate, mean_interval
 from relubook.training.recipe import Recipe
 from relubook.training.train import train
-
-__all__ = ["FlippedVerdicts", "flipped_verdicts"]
 
 
 @computation(
@@ -29,28 +26,27 @@ def one_network(
 ) -> Mapping[str, Any]:
     """Train small networks on the digits; return test accuracy and dead share by seed."""
     digits = dataset("digits")
-    kinds = {"activation": activation, "normalization": normalization}
-    stack = Recipe(digits.features, 32, digits.classes, hidden=4, **kinds).stack(seeds)
-    held_out = (digits.test.x, digits.test.y)
+    recipe = Recipe(
+        digits.features, 32, digits.classes, hidden=4,
+        activation=activation, normalization=normalization,
+    )  # fmt: skip
     run = train(
-        stack, digits.train.x, digits.train.y, steps=300, lr=lr, batch_size=64, record=[],
-        validation=held_out,
+        recipe.stack(seeds), digits.train.x, digits.train.y, steps=300, lr=lr, batch_size=64,
+        record=[], validation=(digits.test.x, digits.test.y),
     )  # fmt: skip
     return {"accuracy": run.validation_accuracy[-1], "dead": run.dead[-1].mean(1)}
 
 
-@dataclass(frozen=True)
-class FlippedVerdicts:
+class FlippedVerdicts(NamedTuple):
     """How far a comparison of two remedies hangs on the seeds.
 
     Attributes:
-        difference: Mean difference, first minus second, over all seeds, with its 95% interval.
-        flipped: Share of pairs of one network of each, of independent seeds, in which the one
-            that is worse on average comes out ahead. 0 or 1/2 if the mean difference is 0.
+        difference: Mean difference, first minus second, with its 95% interval.
+        flipped: Share of pairs of different seeds in which the worse on average is ahead.
         same_seed: The same for pairs that share their seed.
-        ties: Share of the independent pairs that come out equal.
-        needed: Number of pairs of equal seeds after which a 95% interval of the mean difference
-            leaves out 0 with a probability of about 80%.
+        ties: Share of the pairs of different seeds that come out equal.
+        needed: Pairs of equal seeds after which a 95% interval of the mean difference leaves out
+            0 with a probability of about 80%.
     """
 
     difference: Estimate
@@ -61,37 +57,23 @@ class FlippedVerdicts:
 
 
 def flipped_verdicts(first: Sequence[float], second: Sequence[float]) -> FlippedVerdicts:
-    """Ask how often one network of each would have named the wrong winner.
-
-    Args:
-        first: One number a network, shape (n,), such as test accuracies.
-        second: The same under the other remedy, seeds in the same order.
-
-    Returns:
-        The shares over all n (n - 1) pairs of different seeds and over the n pairs of equal ones.
-
-    Raises:
-        ValueError: If the lengths differ, there are fewer than two, or one is not finite.
-    """
+    """Ask how often one network of each remedy, numbers (n,) by seed, names the wrong winner."""
     np = require("numpy", "comparisons")
     stats = require("scipy.stats", "comparisons")
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f"paired samples must have one length, not {len(a)} and {len(b)}")
-    difference = mean_interval(a - b)
-    n, sign = len(a), math.copysign(1.0, difference.value)
-    apart = a[:, None] - b[None, :]
-    off = ~np.eye(n, dtype=bool)
-    spread = float(np.std(a - b, ddof=1))
-    effect = abs(difference.value) / spread if spread else math.inf
+    paired, difference = a - b, mean_interval(a - b)
+    sign = math.copysign(1.0, difference.value)
+    apart = (a[:, None] - b)[~np.eye(len(a), dtype=bool)]
     needed = 2
-    if math.isfinite(effect) and effect > 0:
+    if (spread := float(np.std(paired, ddof=1))) and difference.value:
         reach = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
-        needed = max(2, math.ceil((reach / effect) ** 2))
+        needed = max(2, math.ceil((reach * spread / difference.value) ** 2))
     return FlippedVerdicts(
         difference=difference,
-        flipped=float((sign * apart[off] < 0).mean()),
-        same_seed=float((sign * (a - b) < 0).mean()),
-        ties=float((apart[off] == 0).mean()),
+        flipped=float((sign * apart < 0).mean()),
+        same_seed=float((sign * paired < 0).mean()),
+        ties=float((apart == 0).mean()),
         needed=needed,
     )

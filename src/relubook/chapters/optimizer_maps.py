@@ -1,14 +1,8 @@
-"""Dead units over the learning rate, the optimizer, the depth, and the scale of the targets.
-
-What the chapter on the learning rate measures with. Two maps are stored: ``optimizer-map``
-(digits, five optimizers, from safe to useless rates) and ``target-scale`` (regression with
-targets of smaller and smaller spread, a single ReLU beside a network).
-"""
+"""Dead units over the learning rate, the optimizer, the depth, and the scale of the targets."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,28 +15,13 @@ from relubook.training.recipe import Recipe
 from relubook.training.stack import Stack
 from relubook.training.train import TrainingRun, train
 
-__all__ = [
-    "MAP_OPTIMIZERS",
-    "MAP_RATES",
-    "matched_rate",
-    "optimizer_map",
-    "target_scale",
-    "test_accuracy",
-    "train_diabetes",
-    "train_digits",
-    "train_single_relu",
-]
-
-MAP_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = MappingProxyType(
-    {
-        "SGD": torch.optim.SGD,
-        "momentum": partial(torch.optim.SGD, momentum=0.9),
-        "Nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-        "Adam": torch.optim.Adam,
-        "RMSprop": torch.optim.RMSprop,
-    }
-)
-"""The optimizers of the map."""
+MAP_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "Nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "Adam": torch.optim.Adam,
+    "RMSprop": torch.optim.RMSprop,
+}
 
 MAP_RATES = (
     0.00032, 0.00056, 0.001, 0.0018, 0.0032, 0.0056, 0.01, 0.018, 0.032, 0.056,
@@ -51,63 +30,29 @@ MAP_RATES = (
 """Four learning rates a decade, so that ten times a rate is a rate again."""
 
 
-def _optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
-    if name not in MAP_OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(MAP_OPTIMIZERS)}")
-    return MAP_OPTIMIZERS[name]
-
-
 def train_digits(
-    seeds: int | Sequence[int],
-    *,
-    optimizer: str,
-    depth: int = 3,
-    width: int = 32,
-    **settings: Any,
+    seeds: int | Sequence[int], *, optimizer: str, depth: int = 3, width: int = 32, **settings: Any
 ) -> TrainingRun:
     """Train networks on the digits in the map's setting: He's draw, zero biases, cross-entropy.
 
-    Args:
-        seeds: One a network.
-        optimizer: A key of ``MAP_OPTIMIZERS``.
-        depth: Number of linear maps; ``depth - 1`` hidden layers.
-        width: Units of a hidden layer.
-        **settings: Passed on to :func:`relubook.training.train.train`: ``lr``, and what differs
-            from 300 steps, 18 passes over the 1078 training digits, of 64 examples.
-
-    Returns:
-        The run; its validation set is that of the digits.
-
-    Raises:
-        ValueError: If there is no such optimizer.
+    ``depth`` counts linear maps; settings are those of ``train``, by default 300 steps (18 passes)
+    of 64 examples. The validation set is that of the digits.
     """
     digits = dataset("digits")
     stack = Recipe(digits.features, width, digits.classes, hidden=depth - 1).stack(seeds)
-    settings = {"steps": 300, "batch_size": 64, "optimizer": _optimizer(optimizer)} | settings
-    held_out = (digits.validation.x, digits.validation.y)
-    return train(stack, digits.train.x, digits.train.y, validation=held_out, **settings)
+    settings = {"steps": 300, "batch_size": 64} | settings
+    settings |= {"validation": (digits.validation.x, digits.validation.y)}
+    settings["optimizer"] = MAP_OPTIMIZERS[optimizer]
+    return train(stack, digits.train.x, digits.train.y, **settings)
 
 
 def matched_rate(optimizer: str, rate: float) -> float:
-    """Return the learning rate that matches an effective rate.
+    """Return the learning rate that matches an effective rate: a tenth but for plain SGD.
 
     A constant gradient g moves SGD by ``lr g`` a step, and momentum m, in the long run, by
     ``lr g / (1 - m)``. Adam's step hardly depends on the size of the gradient, so that nothing
     matches exactly; it gets the same factor as momentum 0.9.
-
-    Args:
-        optimizer: ``"SGD"``, ``"momentum"``, ``"Nesterov"`` or ``"Adam"``.
-        rate: The effective rate.
-
-    Returns:
-        ``rate`` for SGD, a tenth of it for the others.
-
-    Raises:
-        ValueError: If there is no such optimizer, or no match for it.
     """
-    _optimizer(optimizer)
-    if optimizer == "RMSprop":
-        raise ValueError("RMSprop has no matched rate")
     return rate if optimizer == "SGD" else rate / 10
 
 
@@ -122,29 +67,13 @@ def train_diabetes(
 ) -> TrainingRun:
     """Train networks of 32 units a layer to predict the progress of diabetes, by squared error.
 
-    Args:
-        seeds: One a network.
-        optimizer: A key of ``MAP_OPTIMIZERS``.
-        target_sd: Standard deviation of the targets.
-        target_mean: Their mean.
-        depth: Number of linear maps.
-        **settings: Passed on to :func:`relubook.training.train.train`: ``lr``, and what differs
-            from 300 steps, 36 passes over the 265 training patients, of 32 examples.
-
-    Returns:
-        The run, without a validation set.
-
-    Raises:
-        ValueError: If there is no such optimizer.
+    Settings are those of ``train``, by default 300 steps (36 passes) of 32 examples.
     """
     data = dataset("diabetes").train
     stack = Recipe(data.x.shape[1], 32, 1, hidden=depth - 1).stack(seeds)
-    settings = {"steps": 300, "batch_size": 32, "optimizer": _optimizer(optimizer)} | settings
+    settings = {"steps": 300, "batch_size": 32} | settings
+    settings["optimizer"] = MAP_OPTIMIZERS[optimizer]
     return train(stack, data.x, target_mean + target_sd * data.y, **settings)
-
-
-def _rectified_error(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(outputs.relu(), y)
 
 
 def train_single_relu(
@@ -161,26 +90,10 @@ def train_single_relu(
     """Train single ReLUs ``relu(w x + b)`` to copy another one, by squared error, full batch.
 
     Inputs are standard normal. The target is a ReLU with random weights and no bias, scaled to
-    the standard deviation ``target_sd``, plus ``target_mean``. Every seed has its own data.
-
-    Args:
-        seeds: One a unit; w starts with He's normal draw, b at 0.
-        optimizer: A key of ``MAP_OPTIMIZERS``.
-        target_sd: Standard deviation of the targets.
-        target_mean: Added to every target.
-        inputs: Number of input features.
-        n: Number of examples.
-        steps: Optimizer steps.
-        **settings: Passed on to :func:`relubook.training.train.train`, such as ``lr``.
-
-    Returns:
-        The run, whose recipe is the linear map in front of the rectifier; and whether each unit
-        is silent on all its n inputs at the end, shape (M,), bool.
-
-    Raises:
-        ValueError: If there is no such optimizer.
+    ``target_sd``, plus ``target_mean``; every seed has its own data, w starts with He's draw, b at
+    0. Returns the run of the linear map in front of the rectifier, and which units are silent on
+    all n inputs at the end, bool (members,).
     """
-    chosen = _optimizer(optimizer)
     xs, ys = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -190,18 +103,15 @@ def train_single_relu(
         ys.append(target_mean + target_sd * y / y.std())
     x, y = torch.stack(xs), torch.stack(ys)
     stack = Recipe(inputs, (), 1).stack(seeds)
-    settings |= {"steps": steps, "optimizer": chosen, "loss": _rectified_error}
-    run = train(stack, x, y, **settings)
+    settings |= {"steps": steps, "optimizer": MAP_OPTIMIZERS[optimizer]}
+    run = train(stack, x, y, loss=lambda out, y: F.mse_loss(out.relu(), y), **settings)
     with torch.no_grad():
         dead = (run.network(x) <= 0).flatten(1).all(1)
     return run, dead
 
 
 def test_accuracy(network: Stack, split: Split) -> Tensor:
-    """Return the share of a split that each member classifies rightly, shape (M,).
-
-    Non-finite outputs count as class 0, which is a guess.
-    """
+    """Return each member's share of right labels, (members,); non-finite outputs name class 0."""
     network.eval()
     with torch.no_grad():
         named = network(split.x).nan_to_num(0.0, 0.0, 0.0).argmax(-1)
@@ -221,11 +131,9 @@ def optimizer_map(
 ) -> Mapping[str, Any]:
     """Train networks of 32 units a layer on the digits and return what became of each.
 
-    Returns:
-        By seed the dead share of all hidden units (``dead``; NaN once non-finite), accuracy on
-        the validation and the test set, the training loss at the start and at the end, whether
-        the network is non-finite (``diverged``), and whether a hidden layer is wholly dead
-        (``constant``).
+    By seed the dead share of hidden units (NaN once non-finite), validation and test accuracy,
+    the training loss at the start and the end, and whether the network is non-finite, and has a
+    hidden layer that is wholly dead (``constant``).
     """
     run = train_digits(seeds, optimizer=optimizer, lr=lr, depth=depth, record=[])
     digits = dataset("digits")
@@ -256,10 +164,8 @@ def target_scale(
 ) -> Mapping[str, Any]:
     """Train single ReLUs or networks on targets of a given scale at matched effective rates.
 
-    Returns:
-        By seed the dead share of the hidden units, or whether the single unit is dead (``dead``;
-        NaN once non-finite), the last training loss in units of the targets' variance
-        (``error``), and whether the network is non-finite (``diverged``).
+    By seed the dead share (NaN once non-finite), the last loss in units of the targets' variance
+    (``error``), and whether the network is non-finite (``diverged``).
     """
     settings: dict[str, Any] = {"optimizer": optimizer, "lr": matched_rate(optimizer, rate)}
     settings |= {"target_sd": sd, "target_mean": mean, "record": []}

@@ -6,8 +6,7 @@ gradient flow is after: the sum in an LSTM's state, or identity weights in a pla
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,33 +14,17 @@ from torch.nn import functional as F
 
 from relubook.evidence.results import computation
 
-__all__ = ["CELLS", "Cell", "draw_cells", "memory", "memory_task", "norms_through_time", "unroll"]
 
-
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What a recurrent network computes at a step, and how it starts.
 
-    Attributes:
-        kind: ``"tanh"`` or ``"relu"`` for ``h = f(x W + h U + b)``, or ``"lstm"``.
-        identity: Start a plain network with ``U = 1`` and leave the rest random.
-        forget_bias: The bias of an LSTM's forget gate; 100 holds it open.
-
-    Raises:
-        ValueError: If the kind is unknown, or a start does not fit it.
+    ``"tanh"`` or ``"relu"`` stand for ``h = f(x W + h U + b)``, which may start with ``U = 1``; the
+    bias of an LSTM's forget gate holds it open at 100.
     """
 
     kind: str
     identity: bool = False
     forget_bias: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("tanh", "relu", "lstm"):
-            raise ValueError(f"unknown kind {self.kind!r}; known: tanh, relu, lstm")
-        if self.kind == "lstm" and self.identity:
-            raise ValueError("identity=True fits a plain network, not an LSTM")
-        if self.kind != "lstm" and self.forget_bias:
-            raise ValueError(f"forget_bias fits an LSTM; {self.kind!r} has no forget gate")
 
     @property
     def gates(self) -> int:
@@ -49,23 +32,15 @@ class Cell:
         return 4 if self.kind == "lstm" else 1
 
 
-CELLS: Mapping[str, Cell] = MappingProxyType(
-    {
-        "tanh": Cell("tanh"),
-        "tanh, identity": Cell("tanh", identity=True),
-        "ReLU": Cell("relu"),
-        "ReLU, identity": Cell("relu", identity=True),
-        "LSTM": Cell("lstm"),
-        "LSTM, open gate": Cell("lstm", forget_bias=100.0),
-    }
-)
+CELLS = {
+    "tanh": Cell("tanh"),
+    "tanh, identity": Cell("tanh", identity=True),
+    "ReLU": Cell("relu"),
+    "ReLU, identity": Cell("relu", identity=True),
+    "LSTM": Cell("lstm"),
+    "LSTM, open gate": Cell("lstm", forget_bias=100.0),
+}
 """The cells that the book compares."""
-
-
-def _cell(name: str) -> Cell:
-    if name not in CELLS:
-        raise ValueError(f"unknown cell {name!r}; known: {', '.join(CELLS)}")
-    return CELLS[name]
 
 
 def draw_cells(
@@ -78,17 +53,8 @@ def draw_cells(
 ) -> tuple[Tensor, Tensor]:
     """Draw one network a generator, as ``nn.RNN`` and ``nn.LSTM`` do, but with biases 0.
 
-    Args:
-        cell: What to draw.
-        inputs: Number of input features.
-        units: Number of units.
-        generators: Source of each member's randomness, M of them.
-        dtype: Type of the parameters; torch's default type by default.
-
-    Returns:
-        Weight, shape (M, inputs + units, gates * units), the inputs' rows first, and bias, shape
-        (M, 1, gates * units). The gates of an LSTM stand in torch's order: input, forget, cell,
-        output.
+    Returns weight (members, inputs + units, gates * units), the inputs' rows first, and bias
+    (members, 1, gates * units); gates in torch's order: input, forget, cell, output.
     """
     bound = units**-0.5
     shape = (inputs + units, cell.gates * units)
@@ -104,20 +70,10 @@ def draw_cells(
 
 
 def unroll(cell: Cell, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Run all members over a sequence, from a state of 0.
+    """Run all members over sequences (members, steps, batch, inputs), from a state of 0.
 
-    Args:
-        cell: What to run.
-        x: Inputs, shape (M, steps, batch, inputs).
-        weight: As :func:`draw_cells` returns it.
-        bias: Likewise.
-
-    Returns:
-        The states after each step, a list of (M, batch, units): the sum c of an LSTM, the output h
-        of a plain network. And the last output h.
-
-    Source:
-        The equations of ``torch.nn.RNN`` and ``torch.nn.LSTM``.
+    Returns the states after each step, (members, batch, units): the sum c of an LSTM, the output h
+    of a plain network; and the last h. The equations are those of ``nn.RNN`` and ``nn.LSTM``.
     """
     members, steps, batch, inputs = x.shape
     units = weight.shape[1] - inputs
@@ -145,27 +101,13 @@ def norms_through_time(
     inputs: int = 8,
     recurrent_gain: float = 1.0,
 ) -> Tensor:
-    """Return the gradient's norm at the state of every time step, in float64.
+    """Return the gradient's norm at the state of every time step, float64 (networks, steps).
 
-    The loss is a random linear function of the last output; the inputs are standard normal.
-
-    Args:
-        name: A key of :data:`CELLS`.
-        seeds: One a network.
-        units: Number of units.
-        steps: Length of the sequences.
-        batch: Number of sequences.
-        inputs: Number of input features.
-        recurrent_gain: Factor on the weights between states; 6**0.5 gives a plain ReLU cell the
-            variance 2 / units of He, 3**0.5 a tanh cell 1 / units.
-
-    Returns:
-        Norms over batch and units, shape (networks, steps), the first step first.
-
-    Raises:
-        ValueError: If there is no such cell.
+    The loss is a random linear function of the last output; the inputs are standard normal. The
+    gain is a factor on the weights between states; 6**0.5 gives a plain ReLU cell the variance
+    2 / units of He, 3**0.5 a tanh cell 1 / units.
     """
-    cell, dtype = _cell(name), torch.float64
+    cell, dtype = CELLS[name], torch.float64
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     weight, bias = draw_cells(cell, inputs, units, generators, dtype=dtype)
     weight[:, inputs:] *= recurrent_gain
@@ -193,24 +135,10 @@ def memory_task(
     Inputs have two features: noise of standard deviation 1/2 at every step, and the bit, as 1 or
     -1, at the first step alone. The output after the last step is to tell the bit. Adam, every
     member's gradient clipped to norm 1, fresh sequences at every update.
-
-    Args:
-        name: A key of :data:`CELLS`.
-        seeds: One a network.
-        lr: Learning rate.
-        units: Number of units.
-        steps: Length of the sequences.
-        batch: Sequences an update.
-        updates: Number of updates, 10 or more.
-
-    Returns:
-        For each network the mean cross-entropy of the last ten updates (``loss``; guessing gives
-        ln 2) and whether it is below half of ln 2 (``learned``; a non-finite loss is not).
-
-    Raises:
-        ValueError: If there is no such cell.
+    Returns by network the mean cross-entropy of the last ten updates (``loss``; guessing gives
+    ln 2) and whether it is below half of ln 2 (``learned``; a non-finite loss is not).
     """
-    chosen = _cell(name)
+    chosen = CELLS[name]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     members, bound = len(generators), units**-0.5
     weight, bias = draw_cells(chosen, 2, units, generators)

@@ -7,29 +7,15 @@ from torch import Tensor
 
 from relubook._optional import require
 
-__all__ = ["NOISES", "descend_on_lines", "fit_line", "line_data"]
-
 NOISES = ("normal", "uniform", "outliers")
-"""The noises of :func:`line_data`."""
 
 
 def line_data(noise: str, seed: int, n: int = 60) -> tuple[Tensor, Tensor]:
-    """Draw points of the line y = 2 x + 1 with noise.
+    """Draw x, uniform on [-1, 1], and y = 2 x + 1 with noise, (n,), float64.
 
-    Args:
-        noise: ``"normal"``, standard normal; ``"uniform"`` on [-1, 1]; or ``"outliers"``, normal
-            with one point in twenty, on average, 20 times as far off.
-        seed: Seed of the draw.
-        n: Number of points.
-
-    Returns:
-        x, uniform on [-1, 1], and y, shape (n,), float64.
-
-    Raises:
-        ValueError: If there is no such noise.
+    The noise is standard normal; uniform on [-1, 1]; or normal with one point in twenty, on
+    average, 20 times as far off (``"outliers"``).
     """
-    if noise not in NOISES:
-        raise ValueError(f"unknown noise {noise!r}; known: {', '.join(NOISES)}")
     draw = torch.Generator().manual_seed(seed)
     x, u = 2 * torch.rand(2, n, generator=draw, dtype=torch.float64) - 1
     e = torch.randn(n, generator=draw, dtype=torch.float64)
@@ -38,27 +24,11 @@ def line_data(noise: str, seed: int, n: int = 60) -> tuple[Tensor, Tensor]:
 
 
 def fit_line(x: Tensor, y: Tensor, power: int) -> Tensor:
-    """Minimize the sum of the absolute errors' powers over all lines.
+    """Return slope and intercept that minimize the sum of the absolute errors' powers, power >= 1.
 
-    Power 1 is solved exactly as a linear program, 2 by linear equations, higher ones by Newton's
-    method.
-
-    Args:
-        x: Shape (n,), float64.
-        y: Likewise.
-        power: 1 or more.
-
-    Returns:
-        Slope and intercept, shape (2,).
-
-    Raises:
-        ValueError: If the power is below 1.
-
-    Source:
-        Koenker and Bassett 1978, https://doi.org/10.2307/1913643, for the linear program.
+    Power 1 is solved exactly as a linear program (Koenker and Bassett 1978,
+    https://doi.org/10.2307/1913643), 2 by linear equations, higher ones by Newton's method.
     """
-    if power < 1:
-        raise ValueError(f"power must be at least 1, not {power}")
     if power == 1:
         linear = require("sklearn.linear_model", "exact fits of the absolute error")
         exact = linear.QuantileRegressor(quantile=0.5, alpha=0).fit(x[:, None].numpy(), y.numpy())
@@ -73,30 +43,15 @@ def fit_line(x: Tensor, y: Tensor, power: int) -> Tensor:
 
 
 def descend_on_lines(
-    cost: Callable[[Tensor], Tensor],
-    *,
-    sets: int,
-    rate: float,
-    decay: float = 1.0,
-    steps: int = 1000,
-    points: int = 30,
+    cost: Callable[[Tensor], Tensor], *, sets: int, rate: float, decay: float = 1, steps: int = 1000
 ) -> tuple[Tensor, Tensor]:
-    """Fit noise-free lines by gradient descent, so that all kinks of the cost lie at the solution.
+    """Fit noise-free lines by gradient descent: all kinks of the cost lie at the solution.
 
-    Args:
-        cost: Maps errors elementwise; its mean over the points is descended.
-        sets: Number of data sets, all drawn from one fixed stream.
-        rate: Learning rate.
-        decay: Factor on the rate after every step.
-        steps: Number of steps.
-        points: Points a set.
-
-    Returns:
-        Distance of slope and intercept from the solution before each step, shape (steps, sets).
-        And which sets met an error of exactly 0 on the way, bool, shape (sets,).
+    A set has 30 points; the rate decays by a factor a step. Returns the distance of slope and
+    intercept from the solution before each step, (steps, sets), and which sets met an error of 0.
     """
     draw = torch.Generator().manual_seed(0)
-    x = 2 * torch.rand(sets, points, generator=draw, dtype=torch.float64) - 1
+    x = 2 * torch.rand(sets, 30, generator=draw, dtype=torch.float64) - 1
     true = torch.tensor([[2.0], [1.0]], dtype=torch.float64)
     w = torch.zeros(sets, 2, 1, dtype=torch.float64)
     path, met = [], torch.zeros(sets, dtype=torch.bool)
