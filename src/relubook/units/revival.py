@@ -24,16 +24,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from relubook.units.passes import TRANSPOSED, Plan, is_same, run, tensors_of, unit_dim
+from relubook.units.passes import TRANSPOSED, Plan, run, unit_dim
 from relubook.units.readers import find_readers
 from relubook.units.report import plain_table
-from relubook.units.sites import undisturbed, unwrapped
+from relubook.units.sites import tensors_in, undisturbed, unwrapped
 
 __all__ = ["Change", "Left", "Revival", "revive_"]
 
@@ -222,24 +223,24 @@ def revive_(
     plans, reasons = find_readers(model, report.sites, batch)
     if optimizer is not None:
         _check_optimizer(model, optimizer, plans)
-    generator = _generator() if generator is None else generator
+    if generator is None:  # the global random state gives the seed and stays where it is
+        state = bytes(torch.get_rng_state().tolist())
+        seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(seed)
     repair = _Repair(model, batch, init, generator, optimizer, optimizer_state)
-    silent = repair.attempt(plans)
-    if silent is None:
+    changes = repair.attempt(plans)
+    if changes is None:
         kept: list[Plan] = []
         for plan in plans:
             if repair.attempt([*kept, plan], keep=False) is None:
                 reasons[plan.site] = _MOVED
             else:
                 kept.append(plan)
-        plans, silent = kept, repair.attempt(kept) or []
+        changes = repair.attempt(kept) or []
+    left = [site for site in report.sites if site.name in reasons]
     return Revival(
-        tuple(map(_change, plans, silent)),
-        tuple(
-            Left(site.name, int(site.dead.sum()), reasons[site.name])
-            for site in report.sites
-            if site.name in reasons
-        ),
+        tuple(changes),
+        tuple(Left(site.name, int(site.dead.sum()), reasons[site.name]) for site in left),
     )
 
 
@@ -251,25 +252,14 @@ _MOVED = (
 )
 
 
-def _change(plan: Plan, silent: int) -> Change:
-    return Change(
-        site=plan.site,
-        producer=plan.producer,
-        units=plan.units,
-        before=plan.before[0] if plan.before else None,
-        consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
-        folded=tuple(s.name for s in plan.sinks if s.is_folded),
-        gates=tuple(s.name for s in plan.sinks if s.is_gate),
-        silent=silent,
-    )
-
-
 class _Transaction:
     """Remembers every tensor before its first change and can put all back."""
 
     def __init__(self) -> None:
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.statistics: list[tuple[Tensor, Tensor]] = []
+        self.silent: dict[str, int] = {}
 
     def touch(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.saved:
@@ -302,60 +292,40 @@ class _Repair:
     optimizer: torch.optim.Optimizer | None
     optimizer_state: OptimizerState
 
-    def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[int] | None:
-        """Repair sites and say how many units stay silent; put all back if the outputs move."""
+    def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[Change] | None:
+        """Repair sites and say what changed; put all back, None, if the outputs move."""
         transaction, start = _Transaction(), self.generator.get_state()
         done = False
         with torch.no_grad():
             try:
-                before = tensors_of(self.run())
+                before = self.outputs()
                 for plan in plans:
                     _cut_outgoing(plan, transaction)
                 for plan in plans:
                     _draw_incoming(plan, transaction, self.init, self.generator)
-                self.center(plans, transaction)
-                silent = self.verify(plans, before)
-                if keep and silent is not None:
+                # Layer after layer in one pass, and buffers at its end: the pass restores them.
+                self.outputs([(plan.layer, partial(_center, plan, transaction)) for plan in plans])
+                for buffer, value in transaction.statistics:
+                    transaction.touch(buffer).copy_(value)
+                after = self.outputs()
+                same = len(before) == len(after) and all(map(_is_same, before, after))
+                if same and keep:
                     _reset_state(self.optimizer, self.optimizer_state, transaction)
                     done = True
-                return silent
+                return [_change(plan, transaction) for plan in plans] if same else None
             finally:
                 if not done:
                     transaction.put_back()
                     self.generator.set_state(start)
 
-    def run(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> Any:
+    def outputs(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> list[Tensor]:
         """Run the model on the batch in evaluation mode."""
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
             for module, hook in hooks:
                 stack.callback(module.register_forward_hook(hook).remove)
             self.model.eval()
-            return run(self.model, self.batch)
-
-    def center(self, plans: Sequence[Plan], transaction: _Transaction) -> None:
-        """Give the fresh units mean 0 on the batch, layer after layer in one pass."""
-        statistics: list[tuple[Tensor, Tensor]] = []
-        self.run([(plan.layer, _centering(plan, transaction, statistics)) for plan in plans])
-        for buffer, value in statistics:  # the pass itself leaves buffers alone
-            transaction.touch(buffer).copy_(value)
-
-    def verify(self, plans: Sequence[Plan], before: list[Tensor]) -> list[int] | None:
-        """How many units of each plan stay silent, or None if the outputs moved."""
-        silent = [0] * len(plans)
-
-        def counting(i: int, plan: Plan) -> Callable[..., None]:
-            def count(module: nn.Module, args: Any, out: Tensor) -> None:
-                dim = unit_dim(module)
-                fresh = out.index_select(dim, plan.units.to(out.device)).movedim(dim, 0)
-                silent[i] = int((fresh.flatten(1).amax(1) <= 0).sum())
-
-            return count
-
-        hooks = [(plan.source[1], counting(i, plan)) for i, plan in enumerate(plans)]
-        after = tensors_of(self.run(hooks))
-        same = len(before) == len(after) and all(map(is_same, before, after))
-        return silent if same else None
+            return list(tensors_in(run(self.model, self.batch)))
 
 
 def _cut_outgoing(plan: Plan, transaction: _Transaction) -> None:
@@ -418,42 +388,54 @@ def _draw_incoming(
             transaction.write(norm.bias, at, 0.0, outgoing=False)
 
 
-def _generator() -> torch.Generator:
-    """A generator seeded from the global random state, which stays where it is."""
-    state = bytes(torch.random.get_rng_state().tolist())
-    seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
-    return torch.Generator().manual_seed(seed)
+def _center(
+    plan: Plan, transaction: _Transaction, layer: Any, args: Any, output: Tensor
+) -> Tensor | None:
+    """Give the fresh units mean 0 on the batch; a forward hook that returns what follows."""
+    at, dim = plan.units.to(output.device), unit_dim(layer)
+    values = output.index_select(dim, at).movedim(dim, -1)
+    variance, mean = torch.var_mean(values.double().reshape(-1, len(at)), dim=0, correction=0)
+    centered = values - mean.to(values.dtype)
+    if plan.before is not None:
+        norm = plan.before[1]
+        if norm.running_mean is not None:
+            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+                buffer[at] = value.to(buffer.dtype)
+                transaction.statistics.append((buffer, buffer.clone()))
+    elif layer.bias is not None:
+        transaction.write(layer.bias, at, -mean, outgoing=False)
+    else:
+        sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
+        index = _incoming(layer, plan.units)
+        weight = layer.weight[index] * sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
+        transaction.write(layer.weight, index, weight, outgoing=False)
+        centered = values * sign
+    transaction.silent[plan.site] = int((centered.reshape(-1, len(at)).amax(0) <= 0).sum())
+    return None if plan.before else output.index_copy(dim, at, centered.movedim(-1, dim))
 
 
-def _centering(
-    plan: Plan, transaction: _Transaction, statistics: list[tuple[Tensor, Tensor]]
-) -> Callable[..., Tensor | None]:
-    def hook(layer: Any, args: Any, output: Tensor) -> Tensor | None:
-        at, dim = plan.units.to(output.device), unit_dim(layer)
-        values = output.index_select(dim, at)
-        variance, mean = torch.var_mean(
-            values.double().movedim(dim, 0).flatten(1), dim=1, correction=0
-        )
-        if plan.before is not None:
-            norm = plan.before[1]
-            if norm.running_mean is not None:
-                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-                    buffer[at] = value.to(buffer.dtype)
-                    statistics.append((buffer, buffer.clone()))
-            return None
-        shifted = values.movedim(dim, -1)
-        if layer.bias is not None:
-            transaction.write(layer.bias, at, -mean, outgoing=False)
-            shifted = shifted - mean.to(values.dtype)
-        else:
-            sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
-            index = _incoming(layer, plan.units)
-            weight = layer.weight[index] * sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
-            transaction.write(layer.weight, index, weight, outgoing=False)
-            shifted = shifted * sign
-        return output.index_copy(dim, at, shifted.movedim(-1, dim))
+def _is_same(before: Tensor, after: Tensor) -> bool:
+    """Whether two outputs are equal up to what rounding in a bias may do to them."""
+    if before.shape != after.shape:
+        return False
+    if not before.is_floating_point():
+        return torch.equal(before, after)
+    size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
+    tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
+    return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
 
-    return hook
+
+def _change(plan: Plan, transaction: _Transaction) -> Change:
+    return Change(
+        site=plan.site,
+        producer=plan.producer,
+        units=plan.units,
+        before=plan.before[0] if plan.before else None,
+        consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
+        folded=tuple(s.name for s in plan.sinks if s.is_folded),
+        gates=tuple(s.name for s in plan.sinks if s.is_gate),
+        silent=transaction.silent[plan.site],
+    )
 
 
 # --- the optimizer ----------------------------------------------------------------------------
