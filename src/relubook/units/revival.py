@@ -111,10 +111,9 @@ class Revival:
         rows = [("site", "units", "re-initialized", "set to zero")]
         for change in self.changes:
             fresh = change.producer + (f" + {change.before}" if change.before else "")
-            cut = [
-                n + (" (bias took the rest)" if n in change.folded else "")
-                for n in change.consumers
-            ] + [f"scale of {n}" for n in change.gates]
+            folded = {name: f"{name} (bias took the rest)" for name in change.folded}
+            cut = [folded.get(name, name) for name in change.consumers]
+            cut += [f"scale of {name}" for name in change.gates]
             rows.append((change.site, str(len(change.units)), fresh, ", ".join(cut)))
         left = sum(entry.units for entry in self.left)
         silent = f" ({self.silent} silent on the batch)" if self.silent else ""
@@ -136,53 +135,46 @@ def revive_(
 ) -> Revival:
     """Re-initialize a model's dead units in place, leaving its function on the data as it is.
 
-    For every unit that the report calls dead: its incoming weights are drawn afresh and centered
-    on the batch, so that it fires on about half of it (its bias becomes minus the mean
-    pre-activation; a batch norm in front of the rectifier gets scale 1, shift 0 and the batch's
-    mean and variance for it; a unit without bias whose mean is negative has its weights' sign
-    flipped). Its outgoing weights become 0. This is the repair of ReDo (Sokar et al. 2023,
-    arXiv 2302.12902), applied to dead instead of dormant units.
+    Incoming weights are drawn afresh and centered on the batch, so that the unit fires on about
+    half of it: its bias becomes minus the mean pre-activation; a batch norm in front of the
+    rectifier gets scale 1, shift 0 and the batch's mean and variance; without a bias, weights whose
+    mean is negative are negated. Outgoing weights become 0. This is the repair of ReDo (Sokar et
+    al. 2023, arXiv 2302.12902), applied to dead instead of dormant units.
 
     **What stays.** In evaluation mode the output is the same on every input on which all revived
-    units were silent, so on all of the data the report rests on: bit for bit, or up to rounding
-    where a batch norm stands behind the rectifier. Such a norm turns the silent unit's 0 into a
-    constant c, and the next layer's bias takes over c times the outgoing weights. Where that would
-    be inexact (a zero-padded convolution sees no c at the border, a layer has no bias) the norm's
-    scale is set to 0 and its shift to c instead, and the outgoing weights stay: the repr lists it
-    as "scale of". In training mode such a norm uses the batch's statistics, and there the function
-    can change by what running and batch mean differ.
+    units were silent: bit for bit, or up to rounding where a batch norm stands behind the
+    rectifier. Such a norm turns the unit's 0 into a constant c, and the next layer's bias takes
+    over c times the outgoing weights. Where that would be inexact (zero padding, no bias), the
+    norm's scale becomes 0 and its shift c instead, and the outgoing weights stay ("scale of" in
+    the repr). In training mode the function can change by what running and batch mean differ.
 
     **The promise is verified.** The outputs on the batch must be the same before and after, with
     all of the model's own hooks in place. A site whose repair moves them is put back and listed.
 
-    **Which layers come next** is observed in a few passes with noise in place of the layers'
-    outputs, in evaluation and in training mode, on the path that the batch takes. Left untouched,
-    and listed with the reason: sums (residual connections), layer norm and everything else that
-    mixes units; layers that are neither linear nor convolutions, are called more than once, share
-    a weight, carry a parametrization, or are frozen (``requires_grad`` False).
+    **Which layers come next** is observed in passes with noise in place of the layers' outputs, on
+    the path that the batch takes. Left and listed with the reason: sums (residual connections),
+    layer norm and whatever else mixes units; layers that are neither linear nor convolutions, are
+    called more than once, share a weight, carry a parametrization, or are frozen.
 
     **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
-    that is not zero; from the second step on the fresh incoming ones learn too. Call it between
-    steps: gradients stored from before are not touched.
+    that is not zero, from the second step on the incoming ones too. Call it between steps:
+    gradients stored from before are not touched.
 
-    **The optimizer.** For the fresh and the zeroed entries, and for no others, running averages of
-    the gradient (``momentum_buffer``, ``exp_avg``, ...) become 0. Adam's step count belongs to the
-    whole tensor and is kept, so its bias correction no longer acts: with second moments of 0 too,
-    the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and it rises
-    to 6.6 times for a steady gradient (10 times for RMSprop). On outgoing weights such steps
-    disturb the function; on incoming ones they are what makes the unit learn soon. Hence the
-    choice for the second moments (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
+    **The optimizer.** For the changed entries alone, running averages of the gradient become 0.
+    Adam's step count belongs to the whole tensor and is kept: with second moments of 0 too, the
+    first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and rises to 6.6
+    times for a steady gradient (10 times for RMSprop). On outgoing weights such steps disturb the
+    function; incoming ones learn soon by them. Hence the choice for the second moments
+    (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
 
-    - "mixed": outgoing entries get the mean over the other entries of the same tensor, so that
-      they move like their neighbors; incoming entries start at 0.
-    - "zero": all start at 0. "mean": all get the mean; the unit then hardly learns for about
-      1 / (1 - beta2) steps.
+    - "mixed": outgoing entries get the mean over the tensor's other entries; incoming ones 0.
+    - "zero": all get 0. "mean": all get the mean, and hardly learn for 1 / (1 - beta2) steps.
 
     Other state returns to the optimizer's own start; Adafactor's rows and columns stay.
 
     Args:
-        model: The model, changed in place. Its mode, hooks, buffers and gradients stay as they
-            are; the passes run its hooks as any forward pass does.
+        model: The model, changed in place. Its mode, hooks and gradients stay as they are; the
+            passes run its hooks as any forward pass does.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments. By default the report's ``example``, the
@@ -193,9 +185,6 @@ def revive_(
         generator: Source of the fresh weights. By default a new one whose seed is derived from the
             global random state, which is read but not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
-
-    Returns:
-        A :class:`Revival`.
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
@@ -310,7 +299,8 @@ class _Repair:
                 after = self.outputs()
                 same = len(before) == len(after) and all(map(_is_same, before, after))
                 if same and keep:
-                    _reset_state(self.optimizer, self.optimizer_state, transaction)
+                    if self.optimizer is not None:
+                        _reset_state(self.optimizer, self.optimizer_state, transaction)
                     done = True
                 return [_change(plan, transaction) for plan in plans] if same else None
             finally:
@@ -381,11 +371,9 @@ def _draw_incoming(
     at = plan.units.to(layer.weight.device)
     if layer.bias is not None:
         transaction.write(layer.bias, at, 0.0, outgoing=False)
-    if plan.before is not None:
-        norm = plan.before[1]
-        if norm.affine:
-            transaction.write(norm.weight, at, 1.0, outgoing=False)
-            transaction.write(norm.bias, at, 0.0, outgoing=False)
+    if plan.before is not None and plan.before[1].affine:
+        transaction.write(plan.before[1].weight, at, 1.0, outgoing=False)
+        transaction.write(plan.before[1].bias, at, 0.0, outgoing=False)
 
 
 def _center(
@@ -449,34 +437,24 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError("the optimizer holds none of the model's parameters")
-    missing = {n for plan in plans for n, p in plan.parameters() if id(p) not in held}
+    missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
     if missing:
-        raise ValueError(
-            "the optimizer does not hold " + ", ".join(repr(n) for n in sorted(missing))
-        )
+        raise ValueError(f"the optimizer does not hold {', '.join(sorted(missing))}")
 
 
 def _reset_state(
-    optimizer: torch.optim.Optimizer | None, second: OptimizerState, transaction: _Transaction
+    optimizer: torch.optim.Optimizer, second: OptimizerState, transaction: _Transaction
 ) -> None:
-    if optimizer is None:
-        return
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for parameter, fresh, outgoing in transaction.fresh.values():
-        if parameter not in optimizer.state:
-            continue
-        group = groups[id(parameter)]
+        group = groups.get(id(parameter), {})
         averaged = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}[second]
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
             at = fresh.to(value.device)
             others = transaction.touch(value)[~at]
-            if key == "ax":
-                value[at] = parameter.detach().to(value)[at]
-            elif key == "step_size":
-                value[at] = float(group["lr"])
-            else:
-                value[at] = float(group.get("initial_accumulator_value", 0.0))
+            start = group["lr"] if key == "step_size" else group.get("initial_accumulator_value", 0)
+            value[at] = parameter.detach().to(value)[at] if key == "ax" else float(start)
             if key in _SECOND_MOMENTS and len(others):
                 value[averaged.to(value.device)] = others.mean()
