@@ -23,7 +23,7 @@ True
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
@@ -216,16 +216,16 @@ def revive_(
         state = bytes(torch.get_rng_state().tolist())
         seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
         generator = torch.Generator().manual_seed(seed)
-    repair = _Repair(model, batch, init, generator, optimizer, optimizer_state)
-    changes = repair.attempt(plans)
+    options = model, batch, init, generator, optimizer, optimizer_state
+    changes = _Repair(*options).attempt(plans)
     if changes is None:
         kept: list[Plan] = []
         for plan in plans:
-            if repair.attempt([*kept, plan], keep=False) is None:
+            if _Repair(*options).attempt([*kept, plan], keep=False) is None:
                 reasons[plan.site] = _MOVED
             else:
                 kept.append(plan)
-        changes = repair.attempt(kept) or []
+        changes = _Repair(*options).attempt(kept) or []
     left = [site for site in report.sites if site.name in reasons]
     return Revival(
         tuple(changes),
@@ -241,38 +241,16 @@ _MOVED = (
 )
 
 
-class _Transaction:
-    """Remembers every tensor before its first change and can put all back."""
-
-    def __init__(self) -> None:
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self.fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.statistics: list[tuple[Tensor, Tensor]] = []
-        self.silent: dict[str, int] = {}
-
-    def touch(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.saved:
-            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
-        return tensor
-
-    def write(self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool) -> None:
-        """Set entries, and note that they start anew and on which side of the unit they are."""
-        if isinstance(value, Tensor):
-            value = value.to(parameter.device, parameter.dtype)
-        self.touch(parameter)[index] = value
-        none = torch.zeros_like(parameter, dtype=torch.bool)
-        _, fresh, out = self.fresh.setdefault(id(parameter), (parameter, none, none.clone()))
-        fresh[index] = True
-        out[index] = outgoing
-
-    def put_back(self) -> None:
-        for tensor, before in self.saved.values():
-            tensor.copy_(before)
-
-
 @dataclass(frozen=True)
 class _Repair:
-    """How to repair sites: all at once, or not at all."""
+    """One repair of some sites, all at once or not at all.
+
+    Attributes:
+        saved: Every tensor before its first change, by id.
+        fresh: Parameters, by id, with the entries that start anew, and the outgoing ones of these.
+        statistics: Buffers, and what they become.
+        silent: How many units of a site are silent on the batch all the same.
+    """
 
     model: nn.Module
     batch: Any
@@ -280,32 +258,36 @@ class _Repair:
     generator: torch.Generator
     optimizer: torch.optim.Optimizer | None
     optimizer_state: OptimizerState
+    saved: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    silent: dict[str, int] = field(default_factory=dict)
 
     def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[Change] | None:
         """Repair sites and say what changed; put all back, None, if the outputs move."""
-        transaction, start = _Transaction(), self.generator.get_state()
-        done = False
+        start, done = self.generator.get_state(), False
         with torch.no_grad():
             try:
                 before = self.outputs()
                 for plan in plans:
-                    _cut_outgoing(plan, transaction)
+                    self.cut(plan)
                 for plan in plans:
-                    _draw_incoming(plan, transaction, self.init, self.generator)
+                    self.draw(plan)
                 # Layer after layer in one pass, and buffers at its end: the pass restores them.
-                self.outputs([(plan.layer, partial(_center, plan, transaction)) for plan in plans])
-                for buffer, value in transaction.statistics:
-                    transaction.touch(buffer).copy_(value)
+                self.outputs([(plan.layer, partial(self.center, plan)) for plan in plans])
+                for buffer, value in self.statistics:
+                    self.touch(buffer).copy_(value)
                 after = self.outputs()
                 same = len(before) == len(after) and all(map(_is_same, before, after))
                 if same and keep:
                     if self.optimizer is not None:
-                        _reset_state(self.optimizer, self.optimizer_state, transaction)
+                        self.reset_state(self.optimizer)
                     done = True
-                return [_change(plan, transaction) for plan in plans] if same else None
+                return list(map(self.change, plans)) if same else None
             finally:
                 if not done:
-                    transaction.put_back()
+                    for tensor, value in self.saved.values():
+                        tensor.copy_(value)
                     self.generator.set_state(start)
 
     def outputs(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> list[Tensor]:
@@ -317,28 +299,114 @@ class _Repair:
             self.model.eval()
             return list(tensors_in(run(self.model, self.batch)))
 
+    def touch(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.saved:
+            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+        return tensor
 
-def _cut_outgoing(plan: Plan, transaction: _Transaction) -> None:
-    for sink in plan.sinks:
-        module, weight = sink.module, sink.module.weight
-        columns = sink.columns.to(weight.device)
-        constant = sink.constant.to(weight.device)
-        if sink.is_gate:
-            transaction.write(weight, columns, 0.0, outgoing=True)
-            transaction.write(module.bias, columns, constant[columns], outgoing=True)
-            continue
-        if not isinstance(module, TRANSPOSED):
-            outputs, per_group = weight.shape[:2]
-            rows = outputs // getattr(module, "groups", 1)
-            columns, constant = (
-                x.view(-1, 1, per_group).expand(-1, rows, -1).reshape(outputs, per_group)
-                for x in (columns, constant)
-            )
-            if sink.is_folded:
-                sums = weight.double().reshape(outputs, per_group, -1).sum(2)
-                transaction.touch(module.bias)
-                module.bias.copy_(module.bias.double() + (sums * constant).sum(1))
-        transaction.write(weight, columns, 0.0, outgoing=True)
+    def write(
+        self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool = False
+    ) -> None:
+        """Set entries, and note that they start anew and on which side of the unit they are."""
+        if isinstance(value, Tensor):
+            value = value.to(parameter.device, parameter.dtype)
+        self.touch(parameter)[index] = value
+        none = torch.zeros_like(parameter, dtype=torch.bool)
+        _, fresh, out = self.fresh.setdefault(id(parameter), (parameter, none, none.clone()))
+        fresh[index] = True
+        out[index] = outgoing
+
+    def cut(self, plan: Plan) -> None:
+        """Set the outgoing weights to zero, or shut the gates."""
+        for sink in plan.sinks:
+            module, weight = sink.module, sink.module.weight
+            columns, constant = sink.columns.to(weight.device), sink.constant.to(weight.device)
+            if sink.is_gate:
+                self.write(module.bias, columns, constant[columns], outgoing=True)
+            elif not isinstance(module, TRANSPOSED):
+                outputs, per_group = weight.shape[:2]
+                rows = outputs // getattr(module, "groups", 1)
+                columns, constant = (
+                    x.view(-1, 1, per_group).expand(-1, rows, -1).reshape(outputs, per_group)
+                    for x in (columns, constant)
+                )
+                if sink.is_folded:
+                    sums = weight.double().reshape(outputs, per_group, -1).sum(2)
+                    bias = self.touch(module.bias)
+                    bias.copy_(bias.double() + (sums * constant).sum(1))
+            self.write(weight, columns, 0.0, outgoing=True)
+
+    def draw(self, plan: Plan) -> None:
+        """Draw the incoming weights."""
+        layer, index = plan.layer, _incoming(plan.layer, plan.units)
+        exact = torch.promote_types(layer.weight.dtype, torch.float32)
+        fresh = torch.empty(layer.weight[index].shape, dtype=exact, device=self.generator.device)
+        self.init(fresh, generator=self.generator)
+        if isinstance(layer, TRANSPOSED):
+            # One tap in `stride` reaches an output position, so the fan-in is that much smaller.
+            fresh *= prod(layer.stride) ** 0.5
+        if not bool(fresh.isfinite().all()):
+            raise ValueError("init returned weights that are not finite")
+        self.write(layer.weight, index, fresh)
+        at = plan.units.to(layer.weight.device)
+        if layer.bias is not None:
+            self.write(layer.bias, at, 0.0)
+        if plan.before is not None and plan.before[1].affine:
+            self.write(plan.before[1].weight, at, 1.0)
+            self.write(plan.before[1].bias, at, 0.0)
+
+    def center(self, plan: Plan, layer: Any, args: Any, output: Tensor) -> Tensor | None:
+        """Give the fresh units mean 0 on the batch; a forward hook that returns what follows."""
+        at, dim = plan.units.to(output.device), unit_dim(layer)
+        values = output.index_select(dim, at).movedim(dim, -1)
+        variance, mean = torch.var_mean(values.double().reshape(-1, len(at)), dim=0, correction=0)
+        centered = values - mean.to(values.dtype)
+        if plan.before is not None:
+            norm = plan.before[1]
+            if norm.running_mean is not None:
+                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+                    buffer[at] = value.to(buffer.dtype)
+                    self.statistics.append((buffer, buffer.clone()))
+        elif layer.bias is not None:
+            self.write(layer.bias, at, -mean)
+        else:
+            sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
+            index = _incoming(layer, plan.units)
+            shape = (-1, *[1] * (layer.weight.dim() - 1))
+            self.write(layer.weight, index, layer.weight[index] * sign.reshape(shape))
+            centered = values * sign
+        self.silent[plan.site] = int((centered.reshape(-1, len(at)).amax(0) <= 0).sum())
+        return None if plan.before else output.index_copy(dim, at, centered.movedim(-1, dim))
+
+    def change(self, plan: Plan) -> Change:
+        """What was changed for a site."""
+        return Change(
+            site=plan.site,
+            producer=plan.producer,
+            units=plan.units,
+            before=plan.before[0] if plan.before else None,
+            consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
+            folded=tuple(s.name for s in plan.sinks if s.is_folded),
+            gates=tuple(s.name for s in plan.sinks if s.is_gate),
+            silent=self.silent[plan.site],
+        )
+
+    def reset_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer's state of the changed entries start anew."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for parameter, fresh, outgoing in self.fresh.values():
+            group = groups.get(id(parameter), {})
+            masks = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    continue
+                at = fresh.to(value.device)
+                others = self.touch(value)[~at]
+                begin = "lr" if key == "step_size" else "initial_accumulator_value"
+                anew = torch.full_like(value, float(group.get(begin, 0.0)))
+                value[at] = parameter.detach().to(value)[at] if key == "ax" else anew[at]
+                if key in _SECOND_MOMENTS and len(others):
+                    value[masks[self.optimizer_state].to(value.device)] = others.mean()
 
 
 def _incoming(layer: Any, units: Tensor) -> Any:
@@ -352,56 +420,6 @@ def _incoming(layer: Any, units: Tensor) -> Any:
     return at, (units % per_group)[:, None]
 
 
-def _draw_incoming(
-    plan: Plan,
-    transaction: _Transaction,
-    init: Callable[..., Any],
-    generator: torch.Generator,
-) -> None:
-    layer, index = plan.layer, _incoming(plan.layer, plan.units)
-    exact = torch.promote_types(layer.weight.dtype, torch.float32)
-    fresh = torch.empty(layer.weight[index].shape, dtype=exact, device=generator.device)
-    init(fresh, generator=generator)
-    if isinstance(layer, TRANSPOSED):
-        # An output position is reached by one tap in `stride`, so the fan-in is that much smaller.
-        fresh *= prod(layer.stride) ** 0.5
-    if not bool(fresh.isfinite().all()):
-        raise ValueError("init returned weights that are not finite")
-    transaction.write(layer.weight, index, fresh, outgoing=False)
-    at = plan.units.to(layer.weight.device)
-    if layer.bias is not None:
-        transaction.write(layer.bias, at, 0.0, outgoing=False)
-    if plan.before is not None and plan.before[1].affine:
-        transaction.write(plan.before[1].weight, at, 1.0, outgoing=False)
-        transaction.write(plan.before[1].bias, at, 0.0, outgoing=False)
-
-
-def _center(
-    plan: Plan, transaction: _Transaction, layer: Any, args: Any, output: Tensor
-) -> Tensor | None:
-    """Give the fresh units mean 0 on the batch; a forward hook that returns what follows."""
-    at, dim = plan.units.to(output.device), unit_dim(layer)
-    values = output.index_select(dim, at).movedim(dim, -1)
-    variance, mean = torch.var_mean(values.double().reshape(-1, len(at)), dim=0, correction=0)
-    centered = values - mean.to(values.dtype)
-    if plan.before is not None:
-        norm = plan.before[1]
-        if norm.running_mean is not None:
-            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-                buffer[at] = value.to(buffer.dtype)
-                transaction.statistics.append((buffer, buffer.clone()))
-    elif layer.bias is not None:
-        transaction.write(layer.bias, at, -mean, outgoing=False)
-    else:
-        sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
-        index = _incoming(layer, plan.units)
-        weight = layer.weight[index] * sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
-        transaction.write(layer.weight, index, weight, outgoing=False)
-        centered = values * sign
-    transaction.silent[plan.site] = int((centered.reshape(-1, len(at)).amax(0) <= 0).sum())
-    return None if plan.before else output.index_copy(dim, at, centered.movedim(-1, dim))
-
-
 def _is_same(before: Tensor, after: Tensor) -> bool:
     """Whether two outputs are equal up to what rounding in a bias may do to them."""
     if before.shape != after.shape:
@@ -411,22 +429,6 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
     size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
     tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
     return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
-
-
-def _change(plan: Plan, transaction: _Transaction) -> Change:
-    return Change(
-        site=plan.site,
-        producer=plan.producer,
-        units=plan.units,
-        before=plan.before[0] if plan.before else None,
-        consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
-        folded=tuple(s.name for s in plan.sinks if s.is_folded),
-        gates=tuple(s.name for s in plan.sinks if s.is_gate),
-        silent=transaction.silent[plan.site],
-    )
-
-
-# --- the optimizer ----------------------------------------------------------------------------
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: list[Plan]) -> None:
@@ -440,21 +442,3 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
     if missing:
         raise ValueError(f"the optimizer does not hold {', '.join(sorted(missing))}")
-
-
-def _reset_state(
-    optimizer: torch.optim.Optimizer, second: OptimizerState, transaction: _Transaction
-) -> None:
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for parameter, fresh, outgoing in transaction.fresh.values():
-        group = groups.get(id(parameter), {})
-        averaged = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}[second]
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                continue
-            at = fresh.to(value.device)
-            others = transaction.touch(value)[~at]
-            start = group["lr"] if key == "step_size" else group.get("initial_accumulator_value", 0)
-            value[at] = parameter.detach().to(value)[at] if key == "ax" else float(start)
-            if key in _SECOND_MOMENTS and len(others):
-                value[averaged.to(value.device)] = others.mean()
