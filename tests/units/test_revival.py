@@ -409,15 +409,16 @@ def test_transposed_convolutions_get_he_variance_per_output():
 
 
 class Residual(nn.Module):
-    def __init__(self):
+    def __init__(self, after=None):
         super().__init__()
+        self.after = after or nn.Identity()
         self.fc = nn.Linear(4, 6)
         self.inner = nn.Linear(6, 4)
         self.head = nn.Linear(4, 2)
 
     def forward(self, x):
         x = F.relu(self.inner(F.relu(self.fc(x)))) + x
-        return self.head(x)
+        return self.head(self.after(x))
 
 
 class Twice(nn.Module):
@@ -444,6 +445,18 @@ class Reads(nn.Module):
         h = self.fc(x)
         y = self.next(F.relu(h))
         return y + h if self.which == "output" else y + F.linear(x, self.fc.weight)
+
+
+class Decides(nn.Module):
+    """The units decide which layer comes next."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.next, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = F.relu(self.fc(x))
+        return self.next(h) if float(h.max()) < 500 else self.other(h)
 
 
 class Modes(nn.Module):
@@ -523,6 +536,8 @@ def pruned():
 
 LEFT = {
     "sum": (Residual, "inner", "reach add"),
+    "sum, then a reshape": (lambda: Residual(nn.Flatten()), "inner", "reach add"),
+    "decides": (Decides, "fc", "decide which ways"),
     "behind a sum": (lambda: BehindSum(False), "fc", "^a sum .* lies between"),
     "behind a sum, function": (lambda: BehindSum(True), "fc", "^a sum .* lies between"),
     "behind a sum, norm": (

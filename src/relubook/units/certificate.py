@@ -18,43 +18,38 @@ anywhere in the box:
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, inf, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relubook.units.readers import is_plain
+from relubook.units.passes import is_plain
 from relubook.units.report import SiteListing, plain_table
 
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
 
 
-_Kinds = tuple[Any, ...]
-
-
-def _kinds(*names: str) -> _Kinds:
+def _kinds(*names: str) -> tuple[Any, ...]:
     """The classes for one, two and three dimensions."""
     return tuple(getattr(nn, f"{name}{dims}d") for name in names for dims in (1, 2, 3))
 
 
 _TRANSPOSED = _kinds("ConvTranspose")
-_LINEAR: _Kinds = (nn.Linear, *_kinds("Conv"), *_TRANSPOSED)
+_LINEAR = (nn.Linear, *_kinds("Conv"), *_TRANSPOSED)
 _BATCH_NORMS = _kinds("BatchNorm")
-_DROPOUTS: _Kinds = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
-_SELECTING: _Kinds = (
-    *(nn.Identity, nn.Flatten, nn.Unflatten),
-    *_kinds("MaxPool", "AdaptiveMaxPool"),
-)
+_DROPOUTS = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
 _AVERAGING = _kinds("AvgPool", "AdaptiveAvgPool")
-_RECTIFIERS: _Kinds = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold)
-_MONOTONE: _Kinds = (
+_RESHAPING = (nn.Flatten, nn.Unflatten)
+_SMOOTH: tuple[Any, ...] = (
     *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.Tanh),
     *(nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardsigmoid),
 )
-_SUPPORTED: _Kinds = (
-    *(*_LINEAR, *_BATCH_NORMS, *_RECTIFIERS, *_MONOTONE, nn.PReLU),
-    *(*_SELECTING, *_AVERAGING, *_DROPOUTS, nn.Sequential),
+# Monotone functions that return one of their inputs or a constant, so that they do not round.
+_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, *_RESHAPING, *_kinds("MaxPool", "AdaptiveMaxPool"))
+_SUPPORTED = (
+    *(*_LINEAR, *_BATCH_NORMS, *_DROPOUTS, *_AVERAGING, *_SMOOTH, *_EXACT),
+    *(nn.Hardtanh, nn.Threshold, nn.PReLU, nn.Sequential),
 )
 
 
@@ -93,10 +88,9 @@ class Certificate(SiteListing[CertifiedSite]):
     def __repr__(self) -> str:
         rows = [("site", "kind", "units", "certified dead", "smallest upper bound")]
         for site in self.sites:
-            certified = f"{int(site.certified.sum())}"
-            least = f"{float(site.upper.min()):.3g}"
-            rows.append((site.name, site.kind, str(site.upper.numel()), certified, least))
-        units = sum(site.upper.numel() for site in self.sites)
+            counts = f"{len(site.upper)}", f"{int(site.certified.sum())}"
+            rows.append((site.name, site.kind, *counts, f"{float(site.upper.min()):.3g}"))
+        units = sum(len(site.upper) for site in self.sites)
         title = f"Certificate: {self.total} of {units} units are silent on the whole box"
         return "\n".join([title, *plain_table(rows, words=2)])
 
@@ -113,24 +107,21 @@ def certify_dead(
 
     Every layer's values are bounded by intervals: for a linear layer, the positive weights meet
     the upper and the negative ones the lower bounds of its inputs. For the first layer that is
-    exact; behind it the bounds ignore how units depend on each other, so they are sound but loose,
-    and a unit may be silent on the box without being certified.
+    exact; behind it the bounds ignore how units depend on each other, so they are sound but loose.
 
-    **Rounding.** The bounds hold for the values that the model itself computes, not for real
-    numbers only. They are evaluated in float64 and widened by the a-priori error of a sum of n
-    products in any order, n u / (1 - n u) times the sum of the absolute products (Higham, Accuracy
-    and Stability of Numerical Algorithms, chapter 3), for the model's own u and for float64's.
-    The box is widened by the rounding of its corners to the model's precision. Not covered are
-    transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul precision: pass a
-    larger ``unit_roundoff`` for these.
+    **Rounding.** The bounds hold for what the model itself computes. They are evaluated in float64
+    and widened by the a-priori error of a sum of n products in any order, n u / (1 - n u) times
+    the sum of the absolute products (Higham, Accuracy and Stability of Numerical Algorithms,
+    chapter 3), for the model's own u and for float64's. The box is widened by the rounding of its
+    corners. Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a lowered
+    matmul precision: pass a larger ``unit_roundoff`` for these.
 
     Args:
         model_or_layers: An ``nn.Sequential`` (nested ones too), one layer, or layers in the order
-            of execution, all in evaluation mode where that makes a difference. Supported are
-            linear layers and convolutions (also transposed), batch norm with running statistics,
-            ReLU, ReLU6, Hardtanh, Threshold, the monotone activations (LeakyReLU, PReLU, ELU,
-            SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid, Hardsigmoid), max and
-            average pooling, Flatten, Unflatten, Dropout and Identity.
+            of execution. Supported are linear layers and convolutions (also transposed), batch
+            norm with running statistics, ReLU, ReLU6, Hardtanh, Threshold, monotone activations
+            (LeakyReLU, PReLU, ELU, SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid,
+            Hardsigmoid), max and average pooling, Flatten, Unflatten, Dropout and Identity.
         low: Lower corner of the box: a number, or a tensor that broadcasts to one input's shape
             (without the batch).
         high: Upper corner, likewise.
@@ -149,29 +140,27 @@ def certify_dead(
             not finite; if there is no rectifier that can be silent.
     """
     layers = list(_flat(model_or_layers))
-    for name, layer in layers:
-        _check(name, layer)
     if not any(_can_be_silent(layer) for _, layer in layers):
         raise ValueError("there is no rectifier that can be silent (ReLU, ReLU6, ...)")
-    types = [torch.finfo(p.dtype) for _, layer in layers for p in layer.parameters()]
-    types = types or [torch.finfo(torch.float32)]
-    u = max(kind.eps / 2 for kind in types)
+    kinds = [torch.finfo(p.dtype) for _, layer in layers for p in layer.parameters()]
+    kinds = kinds or [torch.finfo(torch.float32)]
+    u = max(kind.eps / 2 for kind in kinds)
     if unit_roundoff is not None:
         if not 0 <= unit_roundoff < 1:
             raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
         u = max(unit_roundoff, 2.0**-53)
-    arithmetic = _Arithmetic(u, min(k.max for k in types), max(k.tiny for k in types))
+    arithmetic = _Arithmetic(u, min(k.max for k in kinds), max(k.tiny for k in kinds))
     box = arithmetic.widen(_box(layers, low, high, input_shape), 1)
-    sites, channels = [], False
+    sites, dim = [], -1
     with torch.no_grad():
         for name, layer in layers:
             if _can_be_silent(layer):
-                upper = box.high.movedim(1 if channels else -1, 0).flatten(1).amax(1)
+                upper = box.high.movedim(dim, 0).flatten(1).amax(1)
                 limit = _below(layer.threshold, u) if isinstance(layer, nn.Threshold) else 0.0
                 kind = type(layer).__name__.lower()
                 sites.append(CertifiedSite(name, kind, upper <= limit, upper))
-            if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, nn.Flatten, nn.Unflatten)):
-                channels = not isinstance(layer, nn.Linear | nn.Flatten | nn.Unflatten)
+            if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, *_RESHAPING)):
+                dim = -1 if isinstance(layer, (nn.Linear, *_RESHAPING)) else 1
             try:
                 box = arithmetic.apply(layer, box)
             except RuntimeError as error:
@@ -186,47 +175,43 @@ def certify_dead(
 
 
 def _flat(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and layers in the order of execution, without the containers."""
+    """Names and layers in the order of execution, checked, without the containers."""
     if is_plain(layers, (nn.Sequential,)):
         if layers._forward_hooks or layers._forward_pre_hooks:
             raise ValueError(f"{prefix or 'the model'!r} has forward hooks")
         children = list(layers._modules.items())  # an activation may stand in several places
     elif isinstance(layers, nn.Module):
-        yield prefix or type(layers).__name__.lower(), layers
+        name = prefix or type(layers).__name__.lower()
+        _check(name, layers)
+        yield name, layers
         return
-    elif isinstance(layers, Iterable):
+    elif isinstance(layers, Iterable) and not prefix:
         children = [(str(i), layer) for i, layer in enumerate(layers)]
     else:
-        raise TypeError(f"model_or_layers is a {type(layers).__name__}, not a module or a list")
+        what = f"layer {prefix!r}" if prefix else "model_or_layers"
+        expected = "torch.nn.Module" if prefix else "module or a list"
+        raise TypeError(f"{what} is a {type(layers).__name__}, not a {expected}")
     for name, layer in children:
-        full = f"{prefix}.{name}" if prefix else name
-        if not isinstance(layer, nn.Module):
-            raise TypeError(f"layer {full!r} is a {type(layer).__name__}, not a torch.nn.Module")
-        yield from _flat(layer, full)
+        yield from _flat(layer, f"{prefix}.{name}" if prefix else name)
 
 
 def _check(name: str, layer: Any) -> None:
     if not is_plain(layer, _SUPPORTED):
         supported = ", ".join(sorted({kind.__name__ for kind in _SUPPORTED}))
         raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {supported}")
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        raise ValueError(f"layer {name!r} has forward hooks, which may change what it computes")
-    if isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None):
-        raise ValueError(
-            f"layer {name!r} normalizes by the batch's statistics, which no box bounds: call "
-            "eval() (and keep running statistics)"
-        )
-    if isinstance(layer, _DROPOUTS) and layer.training and layer.p > 0:
-        raise ValueError(f"layer {name!r} drops values at random: call eval()")
-    signs = [getattr(layer, key, 1) for key in ("alpha", "beta")]
-    if isinstance(layer, _MONOTONE) and (
-        min(signs) <= 0 or getattr(layer, "negative_slope", 0) < 0
+    alpha, beta, slope = (getattr(layer, k, 1) for k in ("alpha", "beta", "negative_slope"))
+    batch = isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None)
+    random = isinstance(layer, _DROPOUTS) and layer.training and layer.p > 0
+    for is_wrong, why in (
+        (layer._forward_hooks or layer._forward_pre_hooks, "has forward hooks"),
+        (batch, "normalizes by the batch's statistics: call eval() (and keep running statistics)"),
+        (random, "drops values at random: call eval()"),
+        (isinstance(layer, _SMOOTH) and (alpha <= 0 or beta <= 0 or slope < 0), "is not monotone"),
+        (getattr(layer, "start_dim", 1) == 0, "flattens the batch too"),
+        (getattr(layer, "return_indices", False), "returns indices, for which no bounds are known"),
     ):
-        raise ValueError(f"layer {name!r} ({layer}) is not monotone")
-    if isinstance(layer, nn.Flatten) and layer.start_dim == 0:
-        raise ValueError(f"layer {name!r} flattens the batch too")
-    if getattr(layer, "return_indices", False):
-        raise ValueError(f"layer {name!r} returns indices too; no bounds are known for these")
+        if is_wrong:
+            raise ValueError(f"layer {name!r} ({layer}) {why}")
     for kind, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{kind!r} of layer {name!r} is not finite")
@@ -271,21 +256,15 @@ def _box(
         raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
     if isinstance(first, nn.Linear) and shape[-1:] != (first.in_features,):
         raise ValueError(f"an input has the shape {shape}; {name!r} takes {first.in_features}")
-    if isinstance(first, _LINEAR[1:]):
-        dims = len(first.kernel_size) + 1
-        if len(shape) != dims or shape[0] != first.in_channels:
-            raise ValueError(
-                f"an input has the shape {shape}; {name!r} takes {dims} dimensions with "
-                f"{first.in_channels} channels"
-            )
+    if isinstance(first, _LINEAR[1:]) and len(shape) != (dims := len(first.kernel_size) + 1):
+        raise ValueError(f"an input has the shape {shape}; {name!r} takes {dims} dimensions")
     return _Box(lower[None], upper[None])
 
 
 # --- interval arithmetic ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Box:
+class _Box(NamedTuple):
     """Bounds on what the model computes, float64, ``(1, ...)``."""
 
     low: Tensor
@@ -317,48 +296,45 @@ class _Arithmetic:
         low, high = box.low - margin, box.high + margin
         low, high = low - low.abs() * 2.0**-52, high + high.abs() * 2.0**-52
         # Where a partial sum may overflow, the model may compute anything, NaN included.
-        if bool((size + margin < self.largest / 2).all()):
-            return _Box(low, high)
-        return _Box(torch.full_like(low, -inf), torch.full_like(high, inf))
+        safe = bool((size + margin < self.largest / 2).all())
+        return _Box(low, high) if safe else _unbounded(low)
 
     def apply(self, layer: Any, box: _Box) -> _Box:
         """Bounds behind a layer; none for any value once they are lost for one."""
         if bool(box.size.isfinite().all()):
             return self.bound(layer, box)
-        zeros = self.bound(layer, _Box(torch.zeros_like(box.low), torch.zeros_like(box.high)))
-        return _Box(torch.full_like(zeros.low, -inf), torch.full_like(zeros.high, inf))
+        zeros = torch.zeros_like(box.low)
+        return _unbounded(self.bound(layer, _Box(zeros, zeros)).low)
 
     def bound(self, layer: Any, box: _Box) -> _Box:
-        if isinstance(layer, _LINEAR):
-            return self.linear(layer, box)
-        if isinstance(layer, _BATCH_NORMS):
-            return self.batch_norm(layer, box)
+        """Bounds behind a layer, by the rule for its kind."""
+        rules: dict[Any, Any] = {_LINEAR: self.linear, _BATCH_NORMS: self.batch_norm}
+        for kinds, rule in (rules | {nn.PReLU: self.prelu, nn.Threshold: self.threshold}).items():
+            if isinstance(layer, kinds):
+                return rule(layer, box)
         if isinstance(layer, _DROPOUTS):
             return box
-        if isinstance(layer, _AVERAGING):
-            n = prod(box.low.shape[2:]) + 2
-            return self.widen(_Box(layer(box.low), layer(box.high)), n, layer(box.size))
-        if isinstance(layer, nn.PReLU):
-            slope = _double(layer.weight)
-            ends = F.prelu(box.low, slope), F.prelu(box.high, slope)
-            low = torch.minimum(*ends)  # below, a negative slope has its least value at 0
-            crosses = (box.low < 0) & (box.high > 0)
-            low = torch.where(crosses, low.clamp(max=0), low)
-            return self.widen(_Box(low, torch.maximum(*ends)), 3)
-        if isinstance(layer, nn.Threshold):
-            return self.threshold(layer, box)
-        active = _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
-        if isinstance(layer, (*_SELECTING, nn.ReLU, nn.ReLU6)):
-            return active
+        ends = _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
+        if isinstance(layer, _EXACT):
+            return ends
         if isinstance(layer, nn.Hardtanh):  # the limits may be rounded
-            return self.widen(active, 1)
+            return self.widen(ends, 1)
+        if isinstance(layer, _AVERAGING):
+            return self.widen(ends, prod(box.low.shape[2:]) + 2, layer(box.size))
         # Implementations differ by some units in the last place, relative to 1 where the formula
         # subtracts 1 (elu, sigmoid by tanh); softplus jumps by exp(-threshold) at its threshold.
         scale, slack = max(getattr(layer, "alpha", 1.0), 2.0), 0.0
         if isinstance(layer, nn.Softplus):
             scale, slack = 2.0 / layer.beta, exp(-layer.threshold) / layer.beta
-        active = _Box(active.low - slack, active.high + slack)
-        return self.widen(active, 16, active.size + scale)
+        ends = _Box(ends.low - slack, ends.high + slack)
+        return self.widen(ends, 16, ends.size + scale)
+
+    def prelu(self, layer: Any, box: _Box) -> _Box:
+        slope = _double(layer.weight)
+        ends = F.prelu(box.low, slope), F.prelu(box.high, slope)
+        low = torch.minimum(*ends)  # a negative slope has its least value at 0
+        low = torch.where((box.low < 0) & (box.high > 0), low.clamp(max=0), low)
+        return self.widen(_Box(low, torch.maximum(*ends)), 3)
 
     def linear(self, layer: Any, box: _Box) -> _Box:
         weight = _double(layer.weight)
@@ -369,11 +345,9 @@ class _Arithmetic:
             shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)))
             bias = _double(layer.bias).reshape(shape)
             middle, size = middle + bias, size + bias.abs()
-        terms = 3 + (
-            layer.in_features
-            if isinstance(layer, nn.Linear)
-            else layer.in_channels // layer.groups * prod(layer.kernel_size)
-        )
+        terms = 3 + weight[0].numel()
+        if isinstance(layer, _TRANSPOSED):
+            terms = 3 + weight[:, 0].numel() // layer.groups
         exact = _Box(middle - spread, middle + spread)
         return self.widen(exact, terms, size, float(weight.abs().max()))
 
@@ -398,6 +372,10 @@ class _Arithmetic:
         high = torch.where(stops, box.high.maximum(value), box.high)
         low, high = torch.where(stops, low, box.low), torch.where(passes, high, value)
         return self.widen(_Box(low, high), 1)
+
+
+def _unbounded(like: Tensor) -> _Box:
+    return _Box(torch.full_like(like, -inf), torch.full_like(like, inf))
 
 
 def _gamma(n: int, u: float) -> float:

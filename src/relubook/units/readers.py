@@ -4,13 +4,27 @@ Where switching the dead units on changes an input column of a layer, that layer
 where other noise changes the same column, the units are mixed with something else.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relubook.units.passes import LAYERS, NORMS, TRANSPOSED, Passes, Plan, Sink, unit_dim
+from relubook.units.passes import (
+    LAYERS,
+    NORMS,
+    SUM,
+    TRANSPOSED,
+    Passes,
+    Plan,
+    Sink,
+    is_plain,
+    unit_dim,
+)
+
+Reads = dict[tuple[str | None, int], Tensor]
 
 
 class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
@@ -20,20 +34,20 @@ class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
 def find_readers(
     model: nn.Module, sites: Sequence[Any], batch: Any
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Say for every site with dead units how to repair it, or why not.
+    """Say for every site with dead units how to repair it, or why not; the model stays as it is.
 
     Args:
-        model: The model; nothing of it is changed.
+        model: The model.
         sites: The sites of a report.
-        batch: A batch, see :func:`run`.
+        batch: A batch, see :func:`relubook.units.passes.run`.
 
     Returns:
         The plans, and for each site that is left the reason, by its name.
 
     Raises:
-        ValueError: If a site names a layer that the model does not have.
+        ValueError: If a site names a layer that the model does not have, or the layer's outputs
+            on the batch are not finite.
     """
-    producers = [site.producer for site in sites]
     names = {name for name, _ in model.named_modules()}
     for site in sites:
         if site.producer not in {None, *names}:
@@ -41,58 +55,60 @@ def find_readers(
                 f"the report's site {site.name!r} names the layer {site.producer!r}, which the "
                 "model does not have: diagnose this model"
             )
-    plans: list[Plan] = []
-    reasons: dict[str, str] = {}
     dead = [site for site in sites if bool(site.dead.any())]
-    probe = _Search(model, batch) if dead else None
-    if probe is None:
-        return plans, reasons
+    if not dead:
+        return [], {}
+    search, uses = _Search(model, batch), Counter(site.producer for site in sites)
     for site in dead:
-        try:
-            plans.append(probe.plan(site, producers.count(site.producer)))
-        except Unpaired as reason:
-            reasons[site.name] = str(reason)
-    for step in (probe.find_sinks, probe.check_training):
-        reasons |= {plan.site: reason for plan, reason in step(plans)} if plans else {}
-        plans = [plan for plan in plans if plan.site not in reasons]
-    return plans, reasons
+        with search.leaving(site.name):
+            search.plans.append(search.plan(site, uses[site.producer]))
+    search.find_all_sinks()
+    plans = [plan for plan in search.plans if plan.site not in search.reasons]
+    for plan in search.strays(plans):
+        search.reasons[plan.site] = "its units go other ways in training than in evaluation mode"
+    return [plan for plan in plans if plan.site not in search.reasons], search.reasons
 
 
 class _Search(Passes):
-    """Says of each site how to repair it."""
+    """Says of each site how to repair it, or in ``reasons`` why not."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        super().__init__(model, batch)
+        self.reasons: dict[str, str] = {}
+
+    @contextmanager
+    def leaving(self, site: str) -> Iterator[None]:
+        """Note the reason where a site turns out to be beyond repair."""
+        try:
+            yield
+        except Unpaired as reason:
+            self.reasons[site] = str(reason)
 
     def plan(self, site: Any, uses: int) -> Plan:
         """The layer to repair for a site; whom it feeds is found later."""
-        name = site.producer
+        name, before = site.producer, None
         if name is None:
-            call = site.name.split("#")[0].replace("_()", "()")
-            what = self.between.get(call) or self.between.get(f".{call}", "something")
+            what = self.feeds.get(site.name.split("#")[0].replace("_()", "()"), "something")
             raise Unpaired(f"{what} lies between it and the layers: none feeds it alone")
-        if not site.silences:
-            raise Unpaired(f"{site.kind} has no input on which it is silent")
         if uses > 1:
-            raise Unpaired(
-                f"{name!r} feeds {uses} rectifier sites, so its units cannot be changed for one "
-                "of them"
-            )
-        module, before = self.modules[name], None
-        if isinstance(module, NORMS):
+            raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
+        if isinstance(self.modules[name], NORMS):
             self._check(name, NORMS)
-            fed = self.feeds[name]
-            if fed not in self.modules:
-                raise Unpaired(f"{fed} lies between {name!r} and the layers")
-            before, name = (name, module), fed
-            module = self.modules[name]
+            before, name = (name, self.modules[name]), self.feeds[name]
+            if name not in self.modules:
+                raise Unpaired(f"{name} lies between {before[0]!r} and the layers")
         self._check(name, LAYERS)
         if name in self.nonfinite:
             raise ValueError(f"on the batch the pre-activations of {name!r} are not finite")
+        module, dead = self.modules[name], site.dead.detach().cpu()
         outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        units = site.dead.detach().cpu().nonzero().flatten()
-        if outputs != site.dead.numel():
-            raise Unpaired(f"it has {site.dead.numel()} units, but {name!r} has {outputs} outputs")
-        if site.unit_dim not in (unit_dim(module), unit_dim(module) + len(site.shape)):
-            raise Unpaired(f"its units lie along dimension {site.unit_dim}, not those of {name!r}")
-        plan = Plan(site.name, name, module, units, before)
+        dim = unit_dim(module)
+        if outputs != len(dead) or site.unit_dim not in (dim, dim + len(site.shape)):
+            raise Unpaired(
+                f"its {len(dead)} units lie along dimension {site.unit_dim}, which is not that of "
+                f"the {outputs} outputs of {name!r}"
+            )
+        plan = Plan(site.name, name, module, dead.nonzero().flatten(), before)
         self._check_parameters(plan)
         return plan
 
@@ -112,44 +128,41 @@ class _Search(Passes):
             raise Unpaired(f"{name!r} is called {self.calls[name]} times")
 
     def _check_parameters(self, plan: Plan) -> None:
-        everything = list(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in plan.parameters():
             if not parameter.requires_grad:
                 raise Unpaired(f"{name!r} is frozen (requires_grad is False)")
             if id(parameter) in self.outside:
                 raise Unpaired(f"{name!r} is also used outside of its layer")
-            for other, twin in everything:
+            for other, twin in self.model.named_parameters(remove_duplicate=False):
                 if other != name and parameter.data_ptr() == twin.data_ptr():
                     raise Unpaired(f"{name!r} shares its memory with {other!r}")
 
-    def find_sinks(self, plans: list[Plan]) -> list[tuple[Plan, str]]:
-        """Find who reads each plan's units; returns the plans that fail, with the reasons."""
-        self.plans = plans
+    def find_all_sinks(self) -> None:
+        """Find who reads each plan's units."""
         try:
             self.off, self.other = self.observe(0), self.observe(1)
         except Exception as error:  # whatever the model's code raises on noise
-            return [(p, f"the model does not run on made-up activations ({error})") for p in plans]
+            reason = f"the model does not run on made-up activations ({error})"
+            self.reasons |= {plan.site: reason for plan in self.plans}
+            return
         self.noisy = self.off.changed(self.other)
-        leaks = bool(self._leaks(plans))
-        failed = []
-        for plan in plans:
-            try:
+        leaks = self._leaks(self.plans)
+        for plan in self.plans:
+            with self.leaving(plan.site):
                 if leaks and self._leaks([plan]):
                     raise Unpaired(
                         f"what {plan.producer!r} computes goes to 2 places or more, not to one "
                         "rectifier"
                     )
+                touched = self._touched(plan)
                 try:
-                    plan.sinks = self._sinks(plan)
+                    plan.sinks = self._sinks(plan, touched)
                 except Unpaired:
-                    plan.sinks = self._gates(plan)
+                    plan.sinks = self._gates(touched)
                     if not plan.sinks:
                         raise
-                    plan.sinks = self._sinks(plan)
+                    plan.sinks = self._sinks(plan, self._touched(plan))
                 self._check_parameters(plan)
-            except Unpaired as reason:
-                failed.append((plan, str(reason)))
-        return failed
 
     def _leaks(self, plans: list[Plan]) -> bool:
         """Whether anything but the rectifiers sees how silent the units are."""
@@ -157,33 +170,38 @@ class _Search(Passes):
         norms = {plan.before[0] for plan in plans if plan.before}
         return any(name not in norms for name, _ in changed)
 
-    def _sinks(self, plan: Plan) -> list[Sink]:
-        """Every layer that reads a plan's units, and the gates that are given and reached."""
-        given = {s.name: s for s in plan.sinks}
-        sinks = []
+    def _touched(self, plan: Plan) -> Reads:
+        """Which columns of which reads a plan's units change, its gates being shut."""
         touched = self.off.changed(self.observe(on=[plan], gated=[plan]))
-        passed = [(self.off.returns.get(str(name)), at) for (name, _), at in touched.items()]
-        known = torch.cat(
-            [torch.zeros(1)] + [_constant(r, c)[0] for r, c in passed if r is not None]
-        )
+        for key, columns in touched.items():
+            if key not in self.off.reads or columns.shape != self.off.reads[key].shape[1:]:
+                raise Unpaired("its units decide which ways the values go")
+        return touched
+
+    def _sinks(self, plan: Plan, touched: Reads) -> list[Sink]:
+        """Every layer that reads a plan's units, and those of the plan's gates that they reach."""
+        gates = {sink.name: sink for sink in plan.sinks}
+        sinks, known = [], torch.zeros(1)
         for (name, call), columns in touched.items():
-            if name is None:
-                raise Unpaired(
-                    self._mixer(plan) or "its units are the model's output: they have no next layer"
-                )
-            module = self.modules[name]
-            if isinstance(module, NORMS):
-                sinks += [given[name]] if name in given else []
+            module = self.modules.get(str(name))
+            if name is not None and isinstance(module, NORMS):
+                known = torch.cat([known, _constant(self.off.returns[name], columns)[0]])
+                sinks += [gates[name]] if name in gates else []
                 continue
+            mixed = bool((self.noisy.get((name, call), columns & False) & columns).any())
+            if mixed and self.feeds[name] == SUM:
+                raise Unpaired(f"its units reach add(), {SUM}, which mixes them with others")
+            if name is None:
+                raise Unpaired("its units are the model's output: they have no next layer")
             if not isinstance(module, LAYERS):
                 raise Unpaired(
                     f"its units reach {name!r} ({type(module).__name__}), which may mix them with "
                     "others"
                 )
             self._check(name, LAYERS)
-            if bool((self.noisy.get((name, call), columns & False) & columns).any()):
+            if mixed:
                 raise Unpaired(
-                    self._mixer(plan) or f"its units reach {name!r} together with others"
+                    f"its units reach {name!r} together with others, behind {self.feeds[name]}"
                 )
             constant, even = _constant(self.off.reads[name, call], columns)
             gaps = (constant[columns, None] - known).abs().amin(1)
@@ -199,24 +217,24 @@ class _Search(Passes):
             raise Unpaired("no layer reads its units")
         return sinks
 
-    def _gates(self, plan: Plan) -> list[Sink]:
+    def _gates(self, touched: Reads) -> list[Sink]:
         """The norms that a plan's units pass, where their scale can be cut."""
-        plan.sinks = []
         gates = []
-        for (name, _), columns in self.off.changed(self.observe(on=[plan])).items():
-            norm: Any = None if name is None else self.modules[name]
+        for (name, _), columns in touched.items():
+            norm: Any = self.modules.get(str(name))
             if name is None or not is_plain(norm, NORMS) or self.calls[name] != 1:
                 continue
-            mine, its = self.off.returns[name][:, columns], self.other.returns[name][:, columns]
-            constant, even = _constant(self.off.returns[name], columns)
-            if even and torch.equal(mine, its) and norm._parameters.get("weight") is not None:
+            mine, its = self.off.returns[name], self.other.returns[name]
+            constant, even = _constant(mine, columns)
+            own = norm._parameters.get("weight") is not None
+            if own and even and torch.equal(mine[:, columns], its[:, columns]):
                 gates.append(Sink(name, norm, columns, constant))
         return gates
 
-    def check_training(self, plans: list[Plan]) -> list[tuple[Plan, str]]:
+    def strays(self, plans: list[Plan]) -> list[Plan]:
         """The plans whose units reach other places in training than in evaluation mode."""
 
-        def strays(plans: list[Plan]) -> bool:
+        def stray(plans: list[Plan]) -> bool:
             known = {s.name for plan in plans for s in plan.sinks}
             known |= {n for n, m in self.modules.items() if isinstance(m, NORMS)}
             off = self.observe(gated=plans, training=True)
@@ -224,29 +242,9 @@ class _Search(Passes):
             return any(name not in known for name, _ in off.changed(on))
 
         try:
-            failed = [plan for plan in plans if strays([plan])] if strays(plans) else []
+            return [plan for plan in plans if stray([plan])] if plans and stray(plans) else []
         except Exception:  # a model may not run in training mode on a batch alone
             return []
-        return [(p, "its units go other ways in training than in evaluation mode") for p in failed]
-
-    def _mixer(self, plan: Plan) -> str | None:
-        """The first function that makes one value of a plan's units and of something else."""
-        passes = [
-            self.observe(noise, on=on, functions=True).functions
-            for noise in (0, 1)
-            for on in ([], [plan])
-        ]
-        for (label, a), (_, b), (_, c), (_, d) in zip(*passes, strict=False):
-            rounding = 1e-6 + 1e-12 * max(abs(a), abs(b), abs(c), abs(d))
-            if not abs((b - a) - (d - c)) <= rounding:
-                return f"its units reach {label}, which may mix them with others"
-        return None
-
-
-def is_plain(module: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a module is of one of the kinds and computes what that kind computes."""
-    forward = getattr(type(module), "forward", None)
-    return any(isinstance(module, k) and forward is getattr(k, "forward", None) for k in kinds)
 
 
 def _constant(digest: Tensor, columns: Tensor) -> tuple[Tensor, bool]:

@@ -23,17 +23,18 @@ True
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from relubook.units.passes import TRANSPOSED, Plan, is_same, run, tensors_of, unit_dim
+from relubook.units.passes import TRANSPOSED, Plan, run, unit_dim
 from relubook.units.readers import find_readers
 from relubook.units.report import plain_table
-from relubook.units.sites import undisturbed, unwrapped
+from relubook.units.sites import tensors_in, undisturbed, unwrapped
 
 __all__ = ["Change", "Left", "Revival", "revive_"]
 
@@ -110,10 +111,9 @@ class Revival:
         rows = [("site", "units", "re-initialized", "set to zero")]
         for change in self.changes:
             fresh = change.producer + (f" + {change.before}" if change.before else "")
-            cut = [
-                n + (" (bias took the rest)" if n in change.folded else "")
-                for n in change.consumers
-            ] + [f"scale of {n}" for n in change.gates]
+            folded = {name: f"{name} (bias took the rest)" for name in change.folded}
+            cut = [folded.get(name, name) for name in change.consumers]
+            cut += [f"scale of {name}" for name in change.gates]
             rows.append((change.site, str(len(change.units)), fresh, ", ".join(cut)))
         left = sum(entry.units for entry in self.left)
         silent = f" ({self.silent} silent on the batch)" if self.silent else ""
@@ -135,53 +135,46 @@ def revive_(
 ) -> Revival:
     """Re-initialize a model's dead units in place, leaving its function on the data as it is.
 
-    For every unit that the report calls dead: its incoming weights are drawn afresh and centered
-    on the batch, so that it fires on about half of it (its bias becomes minus the mean
-    pre-activation; a batch norm in front of the rectifier gets scale 1, shift 0 and the batch's
-    mean and variance for it; a unit without bias whose mean is negative has its weights' sign
-    flipped). Its outgoing weights become 0. This is the repair of ReDo (Sokar et al. 2023,
-    arXiv 2302.12902), applied to dead instead of dormant units.
+    Incoming weights are drawn afresh and centered on the batch, so that the unit fires on about
+    half of it: its bias becomes minus the mean pre-activation; a batch norm in front of the
+    rectifier gets scale 1, shift 0 and the batch's mean and variance; without a bias, weights whose
+    mean is negative are negated. Outgoing weights become 0. This is the repair of ReDo (Sokar et
+    al. 2023, arXiv 2302.12902), applied to dead instead of dormant units.
 
     **What stays.** In evaluation mode the output is the same on every input on which all revived
-    units were silent, so on all of the data the report rests on: bit for bit, or up to rounding
-    where a batch norm stands behind the rectifier. Such a norm turns the silent unit's 0 into a
-    constant c, and the next layer's bias takes over c times the outgoing weights. Where that would
-    be inexact (a zero-padded convolution sees no c at the border, a layer has no bias) the norm's
-    scale is set to 0 and its shift to c instead, and the outgoing weights stay: the repr lists it
-    as "scale of". In training mode such a norm uses the batch's statistics, and there the function
-    can change by what running and batch mean differ.
+    units were silent: bit for bit, or up to rounding where a batch norm stands behind the
+    rectifier. Such a norm turns the unit's 0 into a constant c, and the next layer's bias takes
+    over c times the outgoing weights. Where that would be inexact (zero padding, no bias), the
+    norm's scale becomes 0 and its shift c instead, and the outgoing weights stay ("scale of" in
+    the repr). In training mode the function can change by what running and batch mean differ.
 
     **The promise is verified.** The outputs on the batch must be the same before and after, with
     all of the model's own hooks in place. A site whose repair moves them is put back and listed.
 
-    **Which layers come next** is observed in a few passes with noise in place of the layers'
-    outputs, in evaluation and in training mode, on the path that the batch takes. Left untouched,
-    and listed with the reason: sums (residual connections), layer norm and everything else that
-    mixes units; layers that are neither linear nor convolutions, are called more than once, share
-    a weight, carry a parametrization, or are frozen (``requires_grad`` False).
+    **Which layers come next** is observed in passes with noise in place of the layers' outputs, on
+    the path that the batch takes. Left and listed with the reason: sums (residual connections),
+    layer norm and whatever else mixes units; layers that are neither linear nor convolutions, are
+    called more than once, share a weight, carry a parametrization, or are frozen.
 
     **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
-    that is not zero; from the second step on the fresh incoming ones learn too. Call it between
-    steps: gradients stored from before are not touched.
+    that is not zero, from the second step on the incoming ones too. Call it between steps:
+    gradients stored from before are not touched.
 
-    **The optimizer.** For the fresh and the zeroed entries, and for no others, running averages of
-    the gradient (``momentum_buffer``, ``exp_avg``, ...) become 0. Adam's step count belongs to the
-    whole tensor and is kept, so its bias correction no longer acts: with second moments of 0 too,
-    the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and it rises
-    to 6.6 times for a steady gradient (10 times for RMSprop). On outgoing weights such steps
-    disturb the function; on incoming ones they are what makes the unit learn soon. Hence the
-    choice for the second moments (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
+    **The optimizer.** For the changed entries alone, running averages of the gradient become 0.
+    Adam's step count belongs to the whole tensor and is kept: with second moments of 0 too, the
+    first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and rises to 6.6
+    times for a steady gradient (10 times for RMSprop). On outgoing weights such steps disturb the
+    function; incoming ones learn soon by them. Hence the choice for the second moments
+    (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
 
-    - "mixed": outgoing entries get the mean over the other entries of the same tensor, so that
-      they move like their neighbors; incoming entries start at 0.
-    - "zero": all start at 0. "mean": all get the mean; the unit then hardly learns for about
-      1 / (1 - beta2) steps.
+    - "mixed": outgoing entries get the mean over the tensor's other entries; incoming ones 0.
+    - "zero": all get 0. "mean": all get the mean, and hardly learn for 1 / (1 - beta2) steps.
 
     Other state returns to the optimizer's own start; Adafactor's rows and columns stay.
 
     Args:
-        model: The model, changed in place. Its mode, hooks, buffers and gradients stay as they
-            are; the passes run its hooks as any forward pass does.
+        model: The model, changed in place. Its mode, hooks and gradients stay as they are; the
+            passes run its hooks as any forward pass does.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments. By default the report's ``example``, the
@@ -192,9 +185,6 @@ def revive_(
         generator: Source of the fresh weights. By default a new one whose seed is derived from the
             global random state, which is read but not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
-
-    Returns:
-        A :class:`Revival`.
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
@@ -222,24 +212,24 @@ def revive_(
     plans, reasons = find_readers(model, report.sites, batch)
     if optimizer is not None:
         _check_optimizer(model, optimizer, plans)
-    generator = _generator() if generator is None else generator
-    repair = _Repair(model, batch, init, generator, optimizer, optimizer_state)
-    silent = repair.attempt(plans)
-    if silent is None:
+    if generator is None:  # the global random state gives the seed and stays where it is
+        state = bytes(torch.get_rng_state().tolist())
+        seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(seed)
+    options = model, batch, init, generator, optimizer, optimizer_state
+    changes = _Repair(*options).attempt(plans)
+    if changes is None:
         kept: list[Plan] = []
         for plan in plans:
-            if repair.attempt([*kept, plan], keep=False) is None:
+            if _Repair(*options).attempt([*kept, plan], keep=False) is None:
                 reasons[plan.site] = _MOVED
             else:
                 kept.append(plan)
-        plans, silent = kept, repair.attempt(kept) or []
+        changes = _Repair(*options).attempt(kept) or []
+    left = [site for site in report.sites if site.name in reasons]
     return Revival(
-        tuple(map(_change, plans, silent)),
-        tuple(
-            Left(site.name, int(site.dead.sum()), reasons[site.name])
-            for site in report.sites
-            if site.name in reasons
-        ),
+        tuple(changes),
+        tuple(Left(site.name, int(site.dead.sum()), reasons[site.name]) for site in left),
     )
 
 
@@ -251,32 +241,72 @@ _MOVED = (
 )
 
 
-def _change(plan: Plan, silent: int) -> Change:
-    return Change(
-        site=plan.site,
-        producer=plan.producer,
-        units=plan.units,
-        before=plan.before[0] if plan.before else None,
-        consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
-        folded=tuple(s.name for s in plan.sinks if s.is_folded),
-        gates=tuple(s.name for s in plan.sinks if s.is_gate),
-        silent=silent,
-    )
+@dataclass(frozen=True)
+class _Repair:
+    """One repair of some sites, all at once or not at all.
 
+    Attributes:
+        saved: Every tensor before its first change, by id.
+        fresh: Parameters, by id, with the entries that start anew, and the outgoing ones of these.
+        statistics: Buffers, and what they become.
+        silent: How many units of a site are silent on the batch all the same.
+    """
 
-class _Transaction:
-    """Remembers every tensor before its first change and can put all back."""
+    model: nn.Module
+    batch: Any
+    init: Callable[..., Any]
+    generator: torch.Generator
+    optimizer: torch.optim.Optimizer | None
+    optimizer_state: OptimizerState
+    saved: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    silent: dict[str, int] = field(default_factory=dict)
 
-    def __init__(self) -> None:
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self.fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[Change] | None:
+        """Repair sites and say what changed; put all back, None, if the outputs move."""
+        start, done = self.generator.get_state(), False
+        with torch.no_grad():
+            try:
+                before = self.outputs()
+                for plan in plans:
+                    self.cut(plan)
+                for plan in plans:
+                    self.draw(plan)
+                # Layer after layer in one pass, and buffers at its end: the pass restores them.
+                self.outputs([(plan.layer, partial(self.center, plan)) for plan in plans])
+                for buffer, value in self.statistics:
+                    self.touch(buffer).copy_(value)
+                after = self.outputs()
+                same = len(before) == len(after) and all(map(_is_same, before, after))
+                if same and keep:
+                    if self.optimizer is not None:
+                        self.reset_state(self.optimizer)
+                    done = True
+                return list(map(self.change, plans)) if same else None
+            finally:
+                if not done:
+                    for tensor, value in self.saved.values():
+                        tensor.copy_(value)
+                    self.generator.set_state(start)
+
+    def outputs(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> list[Tensor]:
+        """Run the model on the batch in evaluation mode."""
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            for module, hook in hooks:
+                stack.callback(module.register_forward_hook(hook).remove)
+            self.model.eval()
+            return list(tensors_in(run(self.model, self.batch)))
 
     def touch(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.saved:
             self.saved[id(tensor)] = (tensor, tensor.detach().clone())
         return tensor
 
-    def write(self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool) -> None:
+    def write(
+        self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool = False
+    ) -> None:
         """Set entries, and note that they start anew and on which side of the unit they are."""
         if isinstance(value, Tensor):
             value = value.to(parameter.device, parameter.dtype)
@@ -286,99 +316,97 @@ class _Transaction:
         fresh[index] = True
         out[index] = outgoing
 
-    def put_back(self) -> None:
-        for tensor, before in self.saved.values():
-            tensor.copy_(before)
+    def cut(self, plan: Plan) -> None:
+        """Set the outgoing weights to zero, or shut the gates."""
+        for sink in plan.sinks:
+            module, weight = sink.module, sink.module.weight
+            columns, constant = sink.columns.to(weight.device), sink.constant.to(weight.device)
+            if sink.is_gate:
+                self.write(module.bias, columns, constant[columns], outgoing=True)
+            elif not isinstance(module, TRANSPOSED):
+                outputs, per_group = weight.shape[:2]
+                rows = outputs // getattr(module, "groups", 1)
+                columns, constant = (
+                    x.view(-1, 1, per_group).expand(-1, rows, -1).reshape(outputs, per_group)
+                    for x in (columns, constant)
+                )
+                if sink.is_folded:
+                    sums = weight.double().reshape(outputs, per_group, -1).sum(2)
+                    bias = self.touch(module.bias)
+                    bias.copy_(bias.double() + (sums * constant).sum(1))
+            self.write(weight, columns, 0.0, outgoing=True)
 
+    def draw(self, plan: Plan) -> None:
+        """Draw the incoming weights."""
+        layer, index = plan.layer, _incoming(plan.layer, plan.units)
+        exact = torch.promote_types(layer.weight.dtype, torch.float32)
+        fresh = torch.empty(layer.weight[index].shape, dtype=exact, device=self.generator.device)
+        self.init(fresh, generator=self.generator)
+        if isinstance(layer, TRANSPOSED):
+            # One tap in `stride` reaches an output position, so the fan-in is that much smaller.
+            fresh *= prod(layer.stride) ** 0.5
+        if not bool(fresh.isfinite().all()):
+            raise ValueError("init returned weights that are not finite")
+        self.write(layer.weight, index, fresh)
+        at = plan.units.to(layer.weight.device)
+        if layer.bias is not None:
+            self.write(layer.bias, at, 0.0)
+        if plan.before is not None and plan.before[1].affine:
+            self.write(plan.before[1].weight, at, 1.0)
+            self.write(plan.before[1].bias, at, 0.0)
 
-@dataclass(frozen=True)
-class _Repair:
-    """How to repair sites: all at once, or not at all."""
+    def center(self, plan: Plan, layer: Any, args: Any, output: Tensor) -> Tensor | None:
+        """Give the fresh units mean 0 on the batch; a forward hook that returns what follows."""
+        at, dim = plan.units.to(output.device), unit_dim(layer)
+        values = output.index_select(dim, at).movedim(dim, -1)
+        variance, mean = torch.var_mean(values.double().reshape(-1, len(at)), dim=0, correction=0)
+        centered = values - mean.to(values.dtype)
+        if plan.before is not None:
+            norm = plan.before[1]
+            if norm.running_mean is not None:
+                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+                    buffer[at] = value.to(buffer.dtype)
+                    self.statistics.append((buffer, buffer.clone()))
+        elif layer.bias is not None:
+            self.write(layer.bias, at, -mean)
+        else:
+            sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
+            index = _incoming(layer, plan.units)
+            shape = (-1, *[1] * (layer.weight.dim() - 1))
+            self.write(layer.weight, index, layer.weight[index] * sign.reshape(shape))
+            centered = values * sign
+        self.silent[plan.site] = int((centered.reshape(-1, len(at)).amax(0) <= 0).sum())
+        return None if plan.before else output.index_copy(dim, at, centered.movedim(-1, dim))
 
-    model: nn.Module
-    batch: Any
-    init: Callable[..., Any]
-    generator: torch.Generator
-    optimizer: torch.optim.Optimizer | None
-    optimizer_state: OptimizerState
+    def change(self, plan: Plan) -> Change:
+        """What was changed for a site."""
+        return Change(
+            site=plan.site,
+            producer=plan.producer,
+            units=plan.units,
+            before=plan.before[0] if plan.before else None,
+            consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
+            folded=tuple(s.name for s in plan.sinks if s.is_folded),
+            gates=tuple(s.name for s in plan.sinks if s.is_gate),
+            silent=self.silent[plan.site],
+        )
 
-    def attempt(self, plans: Sequence[Plan], keep: bool = True) -> list[int] | None:
-        """Repair sites and say how many units stay silent; put all back if the outputs move."""
-        transaction, start = _Transaction(), self.generator.get_state()
-        done = False
-        with torch.no_grad():
-            try:
-                before = tensors_of(self.run())
-                for plan in plans:
-                    _cut_outgoing(plan, transaction)
-                for plan in plans:
-                    _draw_incoming(plan, transaction, self.init, self.generator)
-                self.center(plans, transaction)
-                silent = self.verify(plans, before)
-                if keep and silent is not None:
-                    _reset_state(self.optimizer, self.optimizer_state, transaction)
-                    done = True
-                return silent
-            finally:
-                if not done:
-                    transaction.put_back()
-                    self.generator.set_state(start)
-
-    def run(self, hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = ()) -> Any:
-        """Run the model on the batch in evaluation mode."""
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(self.model))
-            for module, hook in hooks:
-                stack.callback(module.register_forward_hook(hook).remove)
-            self.model.eval()
-            return run(self.model, self.batch)
-
-    def center(self, plans: Sequence[Plan], transaction: _Transaction) -> None:
-        """Give the fresh units mean 0 on the batch, layer after layer in one pass."""
-        statistics: list[tuple[Tensor, Tensor]] = []
-        self.run([(plan.layer, _centering(plan, transaction, statistics)) for plan in plans])
-        for buffer, value in statistics:  # the pass itself leaves buffers alone
-            transaction.touch(buffer).copy_(value)
-
-    def verify(self, plans: Sequence[Plan], before: list[Tensor]) -> list[int] | None:
-        """How many units of each plan stay silent, or None if the outputs moved."""
-        silent = [0] * len(plans)
-
-        def counting(i: int, plan: Plan) -> Callable[..., None]:
-            def count(module: nn.Module, args: Any, out: Tensor) -> None:
-                dim = unit_dim(module)
-                fresh = out.index_select(dim, plan.units.to(out.device)).movedim(dim, 0)
-                silent[i] = int((fresh.flatten(1).amax(1) <= 0).sum())
-
-            return count
-
-        hooks = [(plan.source[1], counting(i, plan)) for i, plan in enumerate(plans)]
-        after = tensors_of(self.run(hooks))
-        same = len(before) == len(after) and all(map(is_same, before, after))
-        return silent if same else None
-
-
-def _cut_outgoing(plan: Plan, transaction: _Transaction) -> None:
-    for sink in plan.sinks:
-        module, weight = sink.module, sink.module.weight
-        columns = sink.columns.to(weight.device)
-        constant = sink.constant.to(weight.device)
-        if sink.is_gate:
-            transaction.write(weight, columns, 0.0, outgoing=True)
-            transaction.write(module.bias, columns, constant[columns], outgoing=True)
-            continue
-        if not isinstance(module, TRANSPOSED):
-            outputs, per_group = weight.shape[:2]
-            rows = outputs // getattr(module, "groups", 1)
-            columns, constant = (
-                x.view(-1, 1, per_group).expand(-1, rows, -1).reshape(outputs, per_group)
-                for x in (columns, constant)
-            )
-            if sink.is_folded:
-                sums = weight.double().reshape(outputs, per_group, -1).sum(2)
-                transaction.touch(module.bias)
-                module.bias.copy_(module.bias.double() + (sums * constant).sum(1))
-        transaction.write(weight, columns, 0.0, outgoing=True)
+    def reset_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer's state of the changed entries start anew."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for parameter, fresh, outgoing in self.fresh.values():
+            group = groups.get(id(parameter), {})
+            masks = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    continue
+                at = fresh.to(value.device)
+                others = self.touch(value)[~at]
+                begin = "lr" if key == "step_size" else "initial_accumulator_value"
+                anew = torch.full_like(value, float(group.get(begin, 0.0)))
+                value[at] = parameter.detach().to(value)[at] if key == "ax" else anew[at]
+                if key in _SECOND_MOMENTS and len(others):
+                    value[masks[self.optimizer_state].to(value.device)] = others.mean()
 
 
 def _incoming(layer: Any, units: Tensor) -> Any:
@@ -392,71 +420,15 @@ def _incoming(layer: Any, units: Tensor) -> Any:
     return at, (units % per_group)[:, None]
 
 
-def _draw_incoming(
-    plan: Plan,
-    transaction: _Transaction,
-    init: Callable[..., Any],
-    generator: torch.Generator,
-) -> None:
-    layer, index = plan.layer, _incoming(plan.layer, plan.units)
-    exact = torch.promote_types(layer.weight.dtype, torch.float32)
-    fresh = torch.empty(layer.weight[index].shape, dtype=exact, device=generator.device)
-    init(fresh, generator=generator)
-    if isinstance(layer, TRANSPOSED):
-        # An output position is reached by one tap in `stride`, so the fan-in is that much smaller.
-        fresh *= prod(layer.stride) ** 0.5
-    if not bool(fresh.isfinite().all()):
-        raise ValueError("init returned weights that are not finite")
-    transaction.write(layer.weight, index, fresh, outgoing=False)
-    at = plan.units.to(layer.weight.device)
-    if layer.bias is not None:
-        transaction.write(layer.bias, at, 0.0, outgoing=False)
-    if plan.before is not None:
-        norm = plan.before[1]
-        if norm.affine:
-            transaction.write(norm.weight, at, 1.0, outgoing=False)
-            transaction.write(norm.bias, at, 0.0, outgoing=False)
-
-
-def _generator() -> torch.Generator:
-    """A generator seeded from the global random state, which stays where it is."""
-    state = bytes(torch.random.get_rng_state().tolist())
-    seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
-    return torch.Generator().manual_seed(seed)
-
-
-def _centering(
-    plan: Plan, transaction: _Transaction, statistics: list[tuple[Tensor, Tensor]]
-) -> Callable[..., Tensor | None]:
-    def hook(layer: Any, args: Any, output: Tensor) -> Tensor | None:
-        at, dim = plan.units.to(output.device), unit_dim(layer)
-        values = output.index_select(dim, at)
-        variance, mean = torch.var_mean(
-            values.double().movedim(dim, 0).flatten(1), dim=1, correction=0
-        )
-        if plan.before is not None:
-            norm = plan.before[1]
-            if norm.running_mean is not None:
-                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-                    buffer[at] = value.to(buffer.dtype)
-                    statistics.append((buffer, buffer.clone()))
-            return None
-        shifted = values.movedim(dim, -1)
-        if layer.bias is not None:
-            transaction.write(layer.bias, at, -mean, outgoing=False)
-            shifted = shifted - mean.to(values.dtype)
-        else:
-            sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
-            index = _incoming(layer, plan.units)
-            weight = layer.weight[index] * sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
-            transaction.write(layer.weight, index, weight, outgoing=False)
-            shifted = shifted * sign
-        return output.index_copy(dim, at, shifted.movedim(-1, dim))
-
-    return hook
-
-
-# --- the optimizer ----------------------------------------------------------------------------
+def _is_same(before: Tensor, after: Tensor) -> bool:
+    """Whether two outputs are equal up to what rounding in a bias may do to them."""
+    if before.shape != after.shape:
+        return False
+    if not before.is_floating_point():
+        return torch.equal(before, after)
+    size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
+    tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
+    return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: list[Plan]) -> None:
@@ -467,34 +439,6 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError("the optimizer holds none of the model's parameters")
-    missing = {n for plan in plans for n, p in plan.parameters() if id(p) not in held}
+    missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
     if missing:
-        raise ValueError(
-            "the optimizer does not hold " + ", ".join(repr(n) for n in sorted(missing))
-        )
-
-
-def _reset_state(
-    optimizer: torch.optim.Optimizer | None, second: OptimizerState, transaction: _Transaction
-) -> None:
-    if optimizer is None:
-        return
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for parameter, fresh, outgoing in transaction.fresh.values():
-        if parameter not in optimizer.state:
-            continue
-        group = groups[id(parameter)]
-        averaged = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}[second]
-        for key, value in optimizer.state[parameter].items():
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                continue
-            at = fresh.to(value.device)
-            others = transaction.touch(value)[~at]
-            if key == "ax":
-                value[at] = parameter.detach().to(value)[at]
-            elif key == "step_size":
-                value[at] = float(group["lr"])
-            else:
-                value[at] = float(group.get("initial_accumulator_value", 0.0))
-            if key in _SECOND_MOMENTS and len(others):
-                value[averaged.to(value.device)] = others.mean()
+        raise ValueError(f"the optimizer does not hold {', '.join(sorted(missing))}")
