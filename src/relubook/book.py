@@ -19,10 +19,8 @@ def setup(*, seed: int = 0, threads: int = 1) -> None:
     """Prepare a notebook: figures in the house style, seeds fixed, threads limited.
 
     Args:
-        seed: Seeds Python's, NumPy's and torch's global generators. Experiments still pass their
-            own seeds.
-        threads: Threads for torch. One is fastest for the book's small networks, and sums then
-            come out the same on every run.
+        seed: Seeds Python's, NumPy's and torch's global generators, not the book's experiments.
+        threads: Threads for torch. With one, sums come out the same on every run.
 
     Raises:
         ValueError: If ``seed`` is negative or ``threads`` is below 1.
@@ -42,13 +40,7 @@ def setup(*, seed: int = 0, threads: int = 1) -> None:
 
 
 def running_time() -> float:
-    """Return the seconds of processor time since :func:`setup` was called.
-
-    With one thread that is the running time on an idle machine; on a busy one it stays the same.
-
-    Raises:
-        RuntimeError: If it was not called.
-    """
+    """Return the seconds of processor time since :func:`setup`; RuntimeError without it."""
     if _started is None:
         raise RuntimeError("call relubook.setup() first: running time counts from there")
     return time.process_time() - _started
@@ -95,20 +87,14 @@ def use_style() -> None:
 
 
 def describe(figure: Any) -> str:
-    """Return the words of a figure: titles, axis labels and legends, panel by panel.
+    """Return the words of a figure, one line a panel: titles, axis labels and legends.
 
-    Args:
-        figure: A ``matplotlib.figure.Figure``.
-
-    Returns:
-        One line a panel. It stands as text beside the stored picture, so that a comparison of
-        outputs notices a changed label.
+    They stand beside the stored picture, so that a comparison of outputs notices a changed label.
     """
     lines = []
     for axes in figure.axes:
         title = axes.get_title(loc="left") or axes.get_title()
-        words = [title, axes.get_xlabel(), axes.get_ylabel()]
-        words += _legend_words(axes.get_legend())
+        words = [title, axes.get_xlabel(), axes.get_ylabel(), *_legend_words(axes.get_legend())]
         lines.append(" | ".join(word.replace("\n", " ") for word in words if word))
     overall = figure.get_suptitle()
     lines += [" | ".join(_legend_words(legend)) for legend in figure.legends]
@@ -120,11 +106,7 @@ def _legend_words(legend: Any) -> list[str]:
 
 
 def show(figure: Any) -> None:
-    """Display a figure as PNG (128 colors) together with its words, and close it.
-
-    Args:
-        figure: A ``matplotlib.figure.Figure``.
-    """
+    """Display a matplotlib figure as PNG (128 colors) with its words, and close it."""
     display = require("IPython.display", "figures").display
     pyplot = require("matplotlib.pyplot", "figures")
     image = require("PIL.Image", "figures")

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relubook.evidence.statistics import (
-    bootstrap_interval,
     mean_interval,
     median_interval,
     paired_interval,
@@ -58,12 +57,12 @@ def test_intervals_cover_at_their_level():
         assert count / trials > (0.88 if name == "mean" else 0.92), (name, count / trials)
 
 
-def test_bootstrap_and_median_agree():
-    x = np.random.default_rng(1).normal(size=200)
-    a, b = bootstrap_interval(x, resamples=2000), median_interval(x)
-    assert a.value == b.value == np.median(x)
-    assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=0.05)
-    assert bootstrap_interval(x, resamples=500) == bootstrap_interval(x, resamples=500)
+def test_ends_of_the_median_are_order_statistics():
+    """At n = 40 the sign test leaves the 14th to the 27th value at 95%."""
+    x = np.random.default_rng(1).permutation(40) + 1.0
+    got = median_interval(x)
+    assert (got.value, got.low, got.high, got.n) == (20.5, 14, 27, 40)
+    assert 2 * scipy.stats.binom(40, 0.5).cdf(13) <= 0.05 < 2 * scipy.stats.binom(40, 0.5).cdf(14)
 
 
 def test_scale(monkeypatch):

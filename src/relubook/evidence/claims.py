@@ -2,13 +2,7 @@
 
 A chapter states a claim, declares its tests, measures, and ends with one cell::
 
-    claim("cheap").check(
-        part("elementwise", "sigmoid takes at least twice as long", ratio, at_least=2.0),
-        part("whole step", "so does a training step", step_ratio, at_least=2.0),
-        depends_on="what is timed: the function alone, or a training step",
-    )
-
-``python -m relubook claims`` prints the ledger, with ``--json`` for programs.
+    claim("cheap").check(part("elementwise", "sigmoid takes twice as long", ratio, at_least=2.0))
 """
 
 import argparse
@@ -20,7 +14,6 @@ import math
 import os
 import tomllib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +28,14 @@ __all__ += ["between", "claim", "claim_ids", "equals", "holds", "ledger", "part"
 VERDICTS = ("confirmed", "refuted", "depends", "undecided", "cited")
 LEAST_SAMPLES = 30
 MODES = ("check", "record", "notice")
+_CHECKED = ("part", "test", "verdict", "url")  # what an entry of the evidence must keep
 
 _DATA = Path(__file__).with_name("claims.toml")
-_RECORD = Path(__file__).with_name("verdicts.json")
+_RECORD = _DATA.with_name("verdicts.json")
 _MARKS = dict(zip(VERDICTS, "✓✗±?❝", strict=True))
 _COLORS = dict(zip(VERDICTS, ("#0072B2", "#D55E00", "#CC79A7", "#999999", "#999999"), strict=True))
+
+_CELL = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
 
 Measured = Estimate | float | int | bool
 
@@ -50,72 +46,49 @@ class LedgerMismatchError(AssertionError):
 
 @dataclass(frozen=True)
 class Criterion:
-    """A test declared before the run: a range, with both ends included.
-
-    Attributes:
-        low: Smallest value that passes.
-        high: Largest value that passes.
-        wording: How the card words it.
-    """
+    """A test declared before the run: a range with both ends included, and how a card words it."""
 
     low: float
     high: float
     wording: str
+
+    def __post_init__(self) -> None:
+        if not (self.low <= self.high and (math.isfinite(self.low) or math.isfinite(self.high))):
+            raise ValueError(f"a test must be a finite number or low <= high, not {self.wording}")
 
     def judge(self, measured: Measured) -> str:
         """Return ``"confirmed"``, ``"refuted"`` or ``"undecided"``.
 
         An :class:`~relubook.evidence.statistics.Estimate` passes when its whole interval lies
         inside the range, fails when all of it lies outside on one side, and settles nothing
-        otherwise. An exact number passes or fails.
-
-        Raises:
-            ValueError: If the measured value is not finite: NaN is no evidence.
+        otherwise. An exact number passes or fails. ValueError if it is not finite.
         """
-        if isinstance(measured, Estimate):
-            low, high = measured.low, measured.high
-        else:
-            low = high = float(measured)
+        ends = ("low", "high") if isinstance(measured, Estimate) else ("real", "real")
+        low, high = (float(getattr(measured, end)) for end in ends)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"what is measured must be finite evidence, not [{low}, {high}]")
         if self.low <= low and high <= self.high:
             return "confirmed"
-        if high < self.low or low > self.high:
-            return "refuted"
-        return "undecided"
-
-
-def _finite(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, not {value!r}")
+        return "refuted" if high < self.low or low > self.high else "undecided"
 
 
 def at_least(threshold: float) -> Criterion:
     """Test that a quantity is ``threshold`` or more."""
-    _finite(threshold=threshold)
     return Criterion(threshold, math.inf, f"at least {threshold:g}")
 
 
 def at_most(threshold: float) -> Criterion:
     """Test that a quantity is ``threshold`` or less."""
-    _finite(threshold=threshold)
     return Criterion(-math.inf, threshold, f"at most {threshold:g}")
 
 
 def between(low: float, high: float) -> Criterion:
     """Test that a quantity lies in ``[low, high]``: an equivalence test when given an interval."""
-    _finite(low=low, high=high)
-    if low > high:
-        raise ValueError(f"between must have low <= high, not {low!r} > {high!r}")
     return Criterion(low, high, f"between {low:g} and {high:g}")
 
 
 def equals(value: float, *, tolerance: float = 0.0) -> Criterion:
     """Test that a quantity equals ``value`` up to an absolute ``tolerance``."""
-    _finite(value=value, tolerance=tolerance)
-    if tolerance < 0:
-        raise ValueError(f"tolerance must not be negative, not {tolerance!r}")
     within = f" within {tolerance:g}" if tolerance else ""
     return Criterion(value - tolerance, value + tolerance, f"equal to {value:g}{within}")
 
@@ -142,10 +115,8 @@ class Part:
     @property
     def evidence(self) -> str:
         """The measured quantity in words, with its interval and the number of samples."""
-        if isinstance(self.measured, bool):
-            return "true" if self.measured else "false"
-        if isinstance(self.measured, Estimate):
-            return str(self.measured)
+        if isinstance(self.measured, bool | Estimate):
+            return str(self.measured).lower()
         return f"{self.measured:.4g}"
 
     @property
@@ -158,11 +129,9 @@ class Part:
 
 
 _CRITERIA: Mapping[str, Callable[..., Criterion]] = {
-    "at_least": at_least,
-    "at_most": at_most,
-    "between": lambda ends: between(*ends),
+    "at_least": at_least, "at_most": at_most, "between": lambda ends: between(*ends),
     "equals": equals,
-}
+}  # fmt: skip
 
 
 def part(
@@ -173,39 +142,29 @@ def part(
     Args:
         name: A short name, unique within the claim, such as ``"elementwise"``.
         prediction: What the claim implies here, as a sentence.
-        measured: What was measured: an ``Estimate`` where chance plays a part, else a number or a
-            truth value (zero-dimensional tensors and arrays count).
+        measured: An ``Estimate`` where chance plays a part, else a number or a truth value.
         criterion: The declared test as an object, such as ``at_least(0.05)``.
         **test: The same as a keyword: ``at_least=``, ``at_most=``, ``between=(low, high)`` or
             ``equals=``, the last perhaps with ``tolerance=``. Without any, a truth value must hold.
-
-    Returns:
-        The part, for :meth:`Claim.check`.
 
     Raises:
         TypeError: If the measured quantity is none of these, or not exactly one test is declared.
         ValueError: If an estimate rests on fewer than 30 independent samples, or is not finite.
     """
-    if isinstance(measured, Estimate):
-        if measured.n < LEAST_SAMPLES:
-            raise ValueError(
-                f"part {name!r} rests on {measured.n} independent samples; "
-                f"it must rest on at least {LEAST_SAMPLES}"
-            )
-    elif hasattr(measured, "item"):
-        measured = measured.item()
-    if not isinstance(measured, Estimate | bool | int | float):
-        raise TypeError(
-            f"part {name!r} measured a {type(measured).__name__}; "
-            "it must be an Estimate, a number or a truth value"
-        )
+    measured = measured.item() if hasattr(measured, "item") else measured
+    if not isinstance(measured, Measured):
+        words = f"part {name!r} measured a {type(measured).__name__}"
+        raise TypeError(f"{words}; it must be an Estimate, a number or a truth value")
+    if isinstance(measured, Estimate) and measured.n < LEAST_SAMPLES:
+        few = f"part {name!r} rests on {measured.n} independent samples"
+        raise ValueError(f"{few}; it must rest on at least {LEAST_SAMPLES}")
     options = {"tolerance": test.pop("tolerance")} if {"equals", "tolerance"} <= set(test) else {}
     if criterion is None and not test and isinstance(measured, bool):
         criterion = holds()
     if len(test) + (criterion is not None) != 1 or set(test) - set(_CRITERIA):
+        known, given = "=, ".join(_CRITERIA), ", ".join(test) or "none"
         raise TypeError(
-            f"part {name!r} must declare one test: {', '.join(f'{key}=' for key in _CRITERIA)} "
-            f"or a criterion; not {', '.join(test) or 'none'}"
+            f"part {name!r} must declare one test: {known}= or a criterion; not {given}"
         )
     for key, value in test.items():
         criterion = _CRITERIA[key](value, **options)
@@ -216,15 +175,10 @@ def part(
 
 
 def combine(verdicts: list[str]) -> str:
-    """Return the verdict on a claim from the verdicts on its parts.
-
-    All alike give that verdict; confirmed beside refuted gives ``"depends"``; the rest is
-    ``"undecided"``.
-    """
-    kinds = set(verdicts)
-    if len(kinds) == 1:
+    """Return the one verdict of all parts, else ``"depends"`` if some confirm and some refute."""
+    if len(set(verdicts)) == 1:
         return verdicts[0]
-    return "depends" if {"confirmed", "refuted"} <= kinds else "undecided"
+    return "depends" if {"confirmed", "refuted"} <= set(verdicts) else "undecided"
 
 
 @dataclass(frozen=True)
@@ -240,11 +194,11 @@ class Verdict:
 
     def __repr__(self) -> str:
         lines = [f"Claim {self.claim.id} ({self.claim.whose})", f"  {self.claim.statement}"]
-        for p in self.parts:
-            lines.append(
-                f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
-                f"evidence: {p.stable_evidence}."
-            )
+        lines += [
+            f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
+            f"evidence: {p.stable_evidence}."
+            for p in self.parts
+        ]
         lines += [f"  source: {label}, {address}" for label, address in self.sources]
         lines += [f"  {self.finding}"] * bool(self.finding)
         return "\n".join([*lines, f"  Verdict: {self.verdict}{self._condition}"])
@@ -254,13 +208,12 @@ class Verdict:
         return f" on {self.depends_on}" if self.depends_on else ""
 
     def _repr_html_(self) -> str:
-        cell = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
+        safe, cell = html.escape, _CELL
         rows = "".join(
-            f"<tr><td {cell}><b>{html.escape(p.name)}</b>: {html.escape(p.prediction)}</td>"
-            f"<td {cell}>{html.escape(p.criterion.wording)}</td>"
-            f'<td class="evidence" {cell}>{html.escape(p.evidence)}</td>'
-            f'<td {cell}><span style="white-space: nowrap">{_MARKS[p.verdict]} {p.verdict}</span>'
-            "</td></tr>"
+            f"<tr><td {cell}><b>{safe(p.name)}</b>: {safe(p.prediction)}</td>"
+            f'<td {cell}>{safe(p.criterion.wording)}</td><td class="evidence" {cell}>'
+            f'{safe(p.evidence)}</td><td {cell}><span style="white-space: nowrap">'
+            f"{_MARKS[p.verdict]} {p.verdict}</span></td></tr>"
             for p in self.parts
         )
         names = ("Prediction", "Test", "Evidence", "Verdict")
@@ -270,27 +223,23 @@ class Verdict:
             f'aria-label="Tests of the claim {self.claim.id}">'
             f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
-        sources = "".join(
-            f'<li><a href="{html.escape(address)}">{html.escape(label)}</a></li>'
-            for label, address in self.sources
-        )
+        links = "".join(f'<li><a href="{safe(a)}">{safe(b)}</a></li>' for b, a in self.sources)
         return (
             f'<div class="claim" style="border: 1px solid {_COLORS[self.verdict]}; '
             'border-left-width: .4em; padding: .4em .8em; margin: .6em 0">'
-            f"<p><b>Claim</b> <code>{self.claim.id}</code> · {html.escape(self.claim.whose)}<br>"
-            f"{html.escape(self.claim.statement)}</p>"
-            + (table if rows else "")
-            + (f"<ul>{sources}</ul>" if sources else "")
-            + (f"<p>{html.escape(self.finding)}</p>" if self.finding else "")
+            f"<p><b>Claim</b> <code>{self.claim.id}</code> · {safe(self.claim.whose)}<br>"
+            f"{safe(self.claim.statement)}</p>"
+            + table * bool(rows)
+            + f"<ul>{links}</ul>" * bool(links)
+            + f"<p>{safe(self.finding)}</p>" * bool(self.finding)
             + f"<p><b>Verdict: {_MARKS[self.verdict]} {self.verdict}</b>"
-            f"{html.escape(self._condition)}</p></div>"
+            f"{safe(self._condition)}</p></div>"
         )
 
     def as_record(self) -> dict[str, Any]:
         """Return what the ledger keeps: verdict, condition, and the evidence of each part."""
         record: dict[str, Any] = {"verdict": self.verdict}
-        if self.depends_on:
-            record["depends_on"] = self.depends_on
+        record |= {"depends_on": self.depends_on} if self.depends_on else {}
         if not self.parts:
             evidence = [{"source": label, "url": url} for label, url in self.sources]
             return record | {"evidence": evidence, "finding": self.finding}
@@ -302,10 +251,9 @@ class Verdict:
 
     def agrees_with(self, record: Mapping[str, Any]) -> bool:
         """Whether verdict and the parts' verdicts are the recorded ones."""
-        kept = ("part", "test", "verdict", "url")
         mine, theirs = (
-            [entry.get("verdict"), *([e.get(k) for k in kept] for e in entry.get("evidence", []))]
-            for entry in (self.as_record(), record)
+            [e["verdict"], *([p.get(k) for k in _CHECKED] for p in e.get("evidence", []))]
+            for e in (self.as_record(), record)
         )
         return mine == theirs
 
@@ -319,8 +267,7 @@ class Claim:
         chapter: File name (without ending) of the chapter that tests it.
         statement: The claim in the book's words, with the strength its authors give it.
         notes: Which of the source notes N1 to N5 make it.
-        source: Whose claim it is when no note makes it.
-        source_url: Address of that source.
+        source, source_url: Whose claim it is, and its address, when no note makes it.
     """
 
     id: str
@@ -347,7 +294,7 @@ class Claim:
         """Judge the claim by its declared tests and compare with the recorded verdict.
 
         Args:
-            *parts: One or more :func:`part`, each with its prediction, measurement and test.
+            *parts: One or more :func:`part`.
             depends_on: On what the verdict depends; needed exactly when parts disagree.
 
         Returns:
@@ -356,28 +303,24 @@ class Claim:
         Raises:
             ValueError: If there is no part, two share a name, or ``depends_on`` is missing.
             LedgerMismatchError: In CI and under ``make notebooks``, if the verdict on the claim or
-                on a part is not the recorded one. Elsewhere a warning says so.
+                a part is not the recorded one. Elsewhere a warning says so.
         """
         if not parts:
             raise ValueError(f"claim {self.id!r} must have at least one part to check")
-        names = Counter(p.name for p in parts)
-        if repeated := sorted(name for name in names if names[name] > 1):
+        names = [p.name for p in parts]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"each part of {self.id!r} must have a name of its own: {repeated}")
         verdict = combine([p.verdict for p in parts])
         if verdict == "depends" and not depends_on:
             raise ValueError(f"the verdict on {self.id!r} depends: depends_on= must say on what")
-        condition = depends_on if verdict == "depends" else ""
-        return self._settle(Verdict(self, verdict, parts, condition))
+        return self._settle(Verdict(self, verdict, parts, depends_on * (verdict == "depends")))
 
     def cite(self, *sources: tuple[str, str], finding: str) -> Verdict:
-        """Settle a claim of history or biology by its sources.
+        """Settle a claim of history or biology by its sources; the verdict is ``"cited"``.
 
         Args:
             *sources: Pairs of a label and the full address (DOI or arXiv).
             finding: What the sources say about the claim, in one or two sentences.
-
-        Returns:
-            The verdict ``"cited"``.
 
         Raises:
             ValueError: If there is no source, or an address is not a full https address.
@@ -399,9 +342,8 @@ class Claim:
             return verdict
         if recorded is not None and verdict.agrees_with(recorded):
             return verdict
-        before = (
-            f"is recorded as {recorded['verdict']}, but" if recorded else "has no recorded verdict;"
-        )
+        known = recorded and f"is recorded as {recorded['verdict']}, but"
+        before = known or "has no recorded verdict;"
         message = f"claim {self.id!r} {before} here it is {verdict.verdict}"
         details = "; ".join(f"{p.name}: {p.verdict} ({p.evidence})" for p in verdict.parts)
         if mode == "check":
@@ -440,30 +382,21 @@ def source_notes() -> Mapping[str, Mapping[str, str]]:
 
 
 def claim(claim_id: str) -> Claim:
-    """Return a claim by its id.
-
-    Raises:
-        ValueError: If there is no such claim; names the nearest ids.
-    """
+    """Return a claim by its id; ValueError names the nearest ids if there is none."""
     known = _data()[0]
     if claim_id not in known:
-        close = difflib.get_close_matches(str(claim_id), known, n=3, cutoff=0.4)
-        raise ValueError(
-            f"no claim has the id {claim_id!r}; the nearest are {', '.join(close) or 'none'}"
-        )
+        close = ", ".join(difflib.get_close_matches(str(claim_id), known, cutoff=0.4)) or "none"
+        raise ValueError(f"no claim has the id {claim_id!r}; the nearest are {close}")
     return known[claim_id]
 
 
 def ledger() -> list[dict[str, Any]]:
-    """Return every claim with id, statement, chapter, whose it is, verdict and evidence.
-
-    The verdict is None and the evidence empty while a claim is untested.
-    """
+    """Return every claim with its facts and its verdict and evidence, None and [] if untested."""
     empty: dict[str, Any] = {"verdict": None, "depends_on": None, "evidence": [], "finding": None}
-    records, known = _records(), _data()[0].values()
-    facts = ("id", "statement", "chapter", "whose")
+    records, facts = _records(), ("id", "statement", "chapter", "whose")
     return [
-        {f: getattr(entry, f) for f in facts} | empty | records.get(entry.id, {}) for entry in known
+        {fact: getattr(entry, fact) for fact in facts} | empty | records.get(entry.id, {})
+        for entry in _data()[0].values()
     ]
 
 
@@ -475,11 +408,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parser.parse_args(arguments).json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return 0
-    for r in [{"id": "id", "chapter": "chapter", "verdict": "verdict", "statement": ""}, *rows]:
-        line = (
-            f"{r['id']:<25}  {r['chapter']:<27}  {r['verdict'] or 'untested':<9}  {r['statement']}"
-        )
-        print(line.rstrip())
+    print(f"{'id':<25}  {'chapter':<27}  verdict")
+    for row in rows:
+        print(f"{row['id']:<25}  {row['chapter']:<27}  {row['verdict'] or 'untested':<9}  ", end="")
+        print(row["statement"])
     tested = sum(row["verdict"] is not None for row in rows)
     print(f"{tested} of {len(rows)} claims have a verdict")
     return 0

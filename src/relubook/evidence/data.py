@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -16,12 +16,7 @@ __all__ = ["DATASETS", "TARGETS", "Dataset", "Split", "Target", "dataset", "targ
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets that belong together.
-
-    Attributes:
-        x: Inputs, shape (n, features), float.
-        y: Class labels, shape (n,), int64; or regression targets, shape (n, outputs), float.
-    """
+    """Inputs of shape (n, features), and labels, int64 (n,), or targets, float (n, outputs)."""
 
     x: Tensor
     y: Tensor
@@ -32,15 +27,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in three parts, shuffled once with a fixed seed.
-
-    Attributes:
-        name: Its name, such as ``"digits"``.
-        train: 60% of the rows.
-        validation: 20%, to choose learning rates on.
-        test: 20%, looked at last.
-        classes: Number of classes, or 0 for regression.
-    """
+    """A data set in parts of 60%, 20% and 20%, shuffled once; ``classes`` is 0 for regression."""
 
     name: str
     train: Split
@@ -54,18 +41,11 @@ class Dataset:
         return self.train.x.shape[1]
 
 
-DATASETS: Mapping[str, str] = MappingProxyType(
-    {
-        "digits": "8x8 gray images of handwritten digits, 1797 rows, 64 features, 10 classes",
-        "wine": "chemical analysis of wines, 178 rows, 13 features, 3 classes",
-        "breast_cancer": "measurements of cell nuclei, 569 rows, 30 features, 2 classes",
-        "diabetes": "disease progression, 442 rows, 10 features, regression",
-    }
-)
-"""Names and descriptions of the real data sets."""
+DATASETS = ("digits", "wine", "breast_cancer", "diabetes")
+"""Names of the real data sets; the last one is a regression."""
 
 
-def _known(kind: str, name: str, known: Mapping[str, object]) -> None:
+def _known(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         close = difflib.get_close_matches(str(name), known, cutoff=0.4) or known
         raise ValueError(f"unknown {kind} {name!r}; the nearest known: {', '.join(close)}")
@@ -75,11 +55,10 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     """Load a real data set that ships with scikit-learn.
 
     Args:
-        name: A key of :data:`DATASETS`.
-        standardize: Give the inputs mean 0 and variance 1 over the training part: each feature for
-            tables; for images all pixels together, which keeps their correlation. If False,
-            images are scaled to [0, 1] and tables are left as they are. Regression targets are
-            standardized in any case.
+        name: One of :data:`DATASETS`.
+        standardize: Give the inputs mean 0 and variance 1 over the training part: each feature of
+            a table; all pixels of images together. If False, images are scaled to [0, 1] and
+            tables are left as they are. Regression targets are standardized in any case.
         dtype: Floating-point type of the inputs.
 
     Returns:
@@ -88,9 +67,6 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     Raises:
         ValueError: If the name is unknown.
         ImportError: If scikit-learn is not installed.
-
-    Source:
-        scikit-learn's toy data sets, https://scikit-learn.org/stable/datasets/toy_dataset.html
     """
     _known("data set", name, DATASETS)
     bunch = getattr(require("sklearn.datasets", "data sets"), f"load_{name}")()
@@ -103,30 +79,19 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     if images:
         x = x / 16
     if standardize:
-        train = x[:first]
-        x = (x - train.mean()) / train.std() if images else (x - train.mean(0)) / train.std(0)
+        known = x[:first]
+        x = (x - known.mean()) / known.std() if images else (x - known.mean(0)) / known.std(0)
     if regression:
         y = ((y - y[:first].mean()) / y[:first].std()).unsqueeze(1).to(dtype)
     x = x.to(dtype)
-    return Dataset(
-        name,
-        train=Split(x[:first], y[:first]),
-        validation=Split(x[first:second], y[first:second]),
-        test=Split(x[second:], y[second:]),
-        classes=0 if regression else int(y.max()) + 1,
-    )
+    sizes = (first, second - first, len(x) - second)
+    train, validation, test = map(Split, x.split(sizes), y.split(sizes))
+    return Dataset(name, train, validation, test, 0 if regression else int(y.max()) + 1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A function of known formula to learn.
-
-    Attributes:
-        name: Its name, such as ``"absolute"``.
-        inputs: Number of input features.
-        outputs: Number of outputs.
-        function: Maps (n, inputs) to (n, outputs).
-    """
+    """A function of known formula to learn, which maps (n, inputs) to (n, outputs)."""
 
     name: str
     inputs: int
@@ -134,14 +99,7 @@ class Target:
     function: Callable[[Tensor], Tensor]
 
     def sample(self, n: int, *, generator: torch.Generator) -> Split:
-        """Draw n >= 1 inputs uniformly from [-sqrt(3), sqrt(3)] (variance 1) with their targets.
-
-        Returns:
-            x of shape (n, inputs) and y of shape (n, outputs), float32.
-
-        Raises:
-            ValueError: If ``n`` is below 1.
-        """
+        """Draw n >= 1 inputs uniformly from [-sqrt(3), sqrt(3)] (variance 1) with their targets."""
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
         x = (2 * torch.rand(n, self.inputs, generator=generator) - 1) * math.sqrt(3)
@@ -170,10 +128,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 
 def target(name: str) -> Target:
-    """Return a target of known formula by its name.
-
-    Raises:
-        ValueError: If the name is unknown; names the nearest known ones.
-    """
+    """Return one of :data:`TARGETS`; ValueError names the nearest if there is none."""
     _known("target", name, TARGETS)
     return TARGETS[name]

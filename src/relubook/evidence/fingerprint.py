@@ -1,9 +1,8 @@
 """Fingerprints of code: what a stored result or a chapter was computed by.
 
-A fingerprint covers a piece of code and every definition of the package (function, class, constant)
-that it reaches by name, directly or through other definitions. Names are resolved in the sources,
-without running them. Only code counts: neither where a definition lives and how it is imported,
-nor comments, docstrings and layout, so that moving a function makes nothing stale.
+A fingerprint covers a piece of code and every definition of the package that it reaches by name,
+directly or through others. Only code counts: neither where a definition lives and how it is
+imported, nor comments, docstrings and layout, so that moving a function makes nothing stale.
 """
 
 import ast
@@ -21,17 +20,8 @@ _HERE = Path(__file__).parents[1]
 _OWN = "__main__"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
-_CHANGERS = {
-    "add",
-    "append",
-    "extend",
-    "insert",
-    "pop",
-    "register",
-    "remove",
-    "setdefault",
-    "update",
-}
+_CHANGERS = {"add", "append", "extend", "insert", "pop", "register", "remove"}
+_CHANGERS |= {"setdefault", "update"}
 
 Key = tuple[str, str]  # a module and a name in it, "*" for all of the module
 
@@ -42,21 +32,16 @@ def code_digest(
     """Return a digest of code and of all definitions of the package that it reaches.
 
     Where it is unsure, it includes more: all of a module that is passed on as a value, and what
-    fills a registry in place (``REGISTRY[name] = f``, or a decorator that does so) wherever the
-    registry is used. Names in strings are not followed.
+    fills a registry in place wherever the registry is used. Names in strings are not followed.
 
     Args:
         *pieces: Python code; several pieces, such as the cells of a chapter, share their names.
-        only: Start from this definition instead of everything in the pieces.
+        only: Start from this definition instead of everything; ValueError if there is none.
         package: Folder of the package; relubook's own by default.
         exclude: Modules or definitions that do not count, such as ``"evidence.results"``.
 
     Returns:
         64 hexadecimal digits (SHA-256), the same on every platform and Python version.
-
-    Raises:
-        SyntaxError: If a piece is not Python.
-        ValueError: If the pieces do not define ``only``.
     """
     files = []
     for path in sorted(package.rglob("*.py")):
@@ -104,14 +89,16 @@ class _Module:
         for statement in self.statements:
             for name in statement.bound - self.aliases.keys():
                 self.bound.setdefault(name, []).append(statement)
-        self.homes: dict[str, str] = {}
-        if "__getattr__" in self.bound:  # with a table of public names: name -> module
-            for table in (getattr(s.node, "value", None) for s in self.statements):
-                if isinstance(table, ast.Dict):
-                    for key, value in zip(table.keys, table.values, strict=True):
-                        if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
-                            home = str(value.value).removeprefix(f"{self.name}.").lstrip(".")
-                            self.homes[str(key.value)] = f"{self.name}.{home}"
+        # A package that finds its names by itself has tables of them: name -> module.
+        values = [getattr(s.node, "value", None) for s in self.statements]
+        tables = [v for v in values if isinstance(v, ast.Dict) and "__getattr__" in self.bound]
+        own = f"{self.name}."
+        self.homes = {
+            str(key.value): own + str(home.value).removeprefix(own).lstrip(".")
+            for table in tables
+            for key, home in zip(table.keys, table.values, strict=True)
+            if isinstance(key, ast.Constant) and isinstance(home, ast.Constant)
+        }
 
 
 class _Statement:
@@ -199,10 +186,7 @@ class _Sources:
     def write(
         self, node: object, of: _Statement, uses: set[Key], *, on_import: bool = False
     ) -> str:
-        """Write code with the plain names of what it uses, and collect that.
-
-        With ``on_import``, only what runs while the module is imported.
-        """
+        """Write code, or what of it runs ``on_import``, with plain names; collect what it uses."""
         again = functools.partial(self.write, of=of, uses=uses, on_import=on_import)
         if isinstance(node, list):
             return "[" + ",".join(again(item) for item in node if not _is_silent(item)) + "]"
@@ -237,8 +221,7 @@ class _Sources:
     def closure(self, keys: Iterable[Key], excluded: tuple[str, ...] = ()) -> set[Key]:
         """Return definitions with all that they use, directly or not."""
         found, waiting = set(), list(keys)
-        while waiting:
-            key = waiting.pop()
+        for key in waiting:
             if key not in found and not f"{key[0]}.{key[1]}.".startswith(excluded or "-"):
                 found.add(key)
                 waiting += self.read(key)[1]

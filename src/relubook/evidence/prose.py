@@ -24,12 +24,11 @@ def interval(
 ) -> tuple[float, float, float]:
     """Return the mean of independent samples and both ends of its interval.
 
-    Truth values get Clopper and Pearson's exact interval, numbers Student's, corrected for their
-    skewness by Hall's cubic transformation: shares of dead units are skewed, and Student's alone
-    misses their mean up to 20 times too often. Where fewer than 5 samples differ from a common
-    value c, neither will do (at zero variance Student's has no width). The mean then lies at most
-    P(X != c) of the way from c to an end of the range, and P has an exact bound: with 0 of n it
-    is ``1 - (1 - confidence) ** (1 / n)``.
+    Truth values get Clopper and Pearson's exact interval, numbers Student's, corrected by Hall's
+    cubic transformation: shares of dead units are skewed, and Student's alone misses their mean
+    up to 20 times too often. Where fewer than 5 samples differ from a common value c, Student's
+    may have no width. The mean then lies at most P(X != c) of the way from c to an end of the
+    range, and P has an exact bound: with 0 of n it is ``1 - (1 - confidence) ** (1 / n)``.
 
     Args:
         samples: One finite number or truth value a network, shape (n,), n >= 1.
@@ -40,11 +39,9 @@ def interval(
         Mean, lower and upper end; the ends are infinite where nothing is known.
 
     Raises:
-        ValueError: If there is no sample, one is not finite or lies outside the range, or the
-            shape or the confidence is wrong.
+        ValueError: If shape or confidence is wrong, or a sample not finite or out of range.
 
-    Source:
-        Hall 1992, https://doi.org/10.1111/j.2517-6161.1992.tb01872.x
+    Source: Hall 1992, https://doi.org/10.1111/j.2517-6161.1992.tb01872.x
     """
     np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
     x, alpha = np.asarray(samples), 1 - confidence
@@ -92,15 +89,13 @@ def says(
     Args:
         samples: One number or truth value a network, shape (n,), n >= 1.
         words: What the text says, such as ``"about half"``.
-        low: Least mean that a reader understands by it; may be ``-math.inf``.
-        high: Greatest such mean; may be ``math.inf``.
+        low, high: Least and greatest mean that a reader understands by it; may be infinite.
         within: The least and the greatest value possible; None if unbounded.
         nonfinite: The number that NaN and infinity count as, or ``"omit"``; None refuses them.
 
     Raises:
         AssertionError: Only if the whole 99.9% interval of the mean lies outside the range.
-        ValueError: As for :func:`interval`; or if the range is empty, or so wide that nothing
-            could contradict it.
+        ValueError: As for :func:`interval`; or if nothing could contradict the range.
     """
     np = require("numpy", "intervals")
     least, most = within or (-math.inf, math.inf)
@@ -111,7 +106,5 @@ def says(
         x = x[finite] if nonfinite == "omit" else np.where(finite, x, float(nonfinite))
     mean, a, b = interval(x, within=within)
     if b < low or a > high:
-        raise AssertionError(
-            f"the text says {words!r}, {low:g} to {high:g}; the mean is {mean:.3g}, "
-            f"its 99.9% interval {a:.3g} to {b:.3g}"
-        )
+        found = f"the mean is {mean:.3g}, its 99.9% interval {a:.3g} to {b:.3g}"
+        raise AssertionError(f"the text says {words!r}, {low:g} to {high:g}; {found}")

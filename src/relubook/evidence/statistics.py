@@ -10,7 +10,6 @@ from relubook._optional import require
 
 __all__ = [
     "Estimate",
-    "bootstrap_interval",
     "mean_interval",
     "median_interval",
     "paired_interval",
@@ -24,14 +23,9 @@ Samples = Sequence[float] | Any
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured quantity with its interval.
+    """A measured quantity with both ends of its interval, in the unit of the samples.
 
-    Attributes:
-        value: The point estimate, in the unit of the samples.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        n: Number of independent samples (networks, not units or epochs) behind it.
-        confidence: Coverage of the interval, 0.95 unless said otherwise.
+    ``n`` counts the independent samples (networks, not units or epochs) behind it.
     """
 
     value: float
@@ -71,28 +65,20 @@ def _samples(samples: Samples) -> Any:
     if len(values) < 2:
         raise ValueError(f"an interval needs at least 2 samples, not {len(values)}")
     if not np.isfinite(values).all():
-        raise ValueError(
-            f"{(~np.isfinite(values)).sum()} of {len(values)} samples are not finite: decide how "
-            "diverged networks count before asking for an interval"
-        )
+        bad = f"{(~np.isfinite(values)).sum()} of {len(values)} samples are not finite"
+        raise ValueError(f"{bad}: decide how diverged networks count before")
     return values
 
 
 def mean_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the mean of independent samples with Student's interval.
+    """Return the mean of independent samples with Student's interval, exact for normal ones.
 
     Args:
         samples: One number a network, shape (n,), n >= 2.
         confidence: Coverage, strictly between 0 and 1.
 
-    Returns:
-        The estimate, in the unit of the samples.
-
     Raises:
         ValueError: If there are fewer than two samples, or one is NaN or infinite.
-
-    Source:
-        ``scipy.stats.t``; exact for normal samples.
     """
     _confidence(confidence)
     stats, values = require("scipy.stats", "intervals"), _samples(samples)
@@ -106,19 +92,15 @@ def mean_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
 def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
     """Return a share with Clopper and Pearson's exact interval.
 
+    After 0 successes its upper end is about ``3.7 / n`` (two-sided, at 95%).
+
     Args:
         successes: How many of the independent trials succeeded.
         n: Number of independent trials, at least 1.
         confidence: Coverage, strictly between 0 and 1.
 
-    Returns:
-        The estimate; after 0 successes its upper end is about ``3.7 / n`` (two-sided).
-
     Raises:
         ValueError: If not ``0 <= successes <= n`` with ``n >= 1``.
-
-    Source:
-        Clopper and Pearson 1934, through ``statsmodels``.
     """
     _confidence(confidence)
     if n < 1 or not 0 <= successes <= n:
@@ -128,55 +110,17 @@ def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> 
     return Estimate(successes / n, float(low), float(high), n, confidence)
 
 
-def bootstrap_interval(
-    samples: Samples, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> Estimate:
-    """Return the median of independent samples with a percentile bootstrap interval.
-
-    Args:
-        samples: One number a network or repeat, shape (n,), n >= 2.
-        confidence: Coverage, strictly between 0 and 1.
-        resamples: Number of bootstrap resamples.
-        seed: Seed of the resampling.
-
-    Returns:
-        The estimate, in the unit of the samples.
-
-    Raises:
-        ValueError: If there are fewer than two samples, or one is NaN or infinite.
-
-    Source:
-        Efron 1979, through ``scipy.stats.bootstrap``.
-    """
-    _confidence(confidence)
-    np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
-    values = _samples(samples)
-    low, high = stats.bootstrap(
-        (values,),
-        np.median,
-        confidence_level=confidence,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(float(np.median(values)), float(low), float(high), len(values), confidence)
-
-
 def median_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
     """Return the median of independent samples with an interval that assumes no distribution.
 
-    Args:
-        samples: One number a network, shape (n,), n >= 6 at 95%.
-        confidence: Coverage, strictly between 0 and 1; the interval's is this or more.
+    It is the sign test turned round; its ends are two of the samples.
 
-    Returns:
-        The estimate; its ends are two of the samples.
+    Args:
+        samples: One number a network or repeat, shape (n,), n >= 6 at 95%.
+        confidence: Coverage, strictly between 0 and 1; the interval's is this or more.
 
     Raises:
         ValueError: If there are too few samples for that coverage, or one is NaN or infinite.
-
-    Source:
-        The sign test turned round, through ``scipy.stats.quantile_test``.
     """
     _confidence(confidence)
     np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
@@ -184,14 +128,13 @@ def median_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
     middle = float(np.median(values))
     low, high = stats.quantile_test(values, q=middle, p=0.5).confidence_interval(confidence)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(
-            f"{len(values)} samples are too few for an interval of the median at {confidence:g}"
-        )
+        few = f"{len(values)} samples are too few"
+        raise ValueError(f"{few} for an interval of the median at {confidence:g}")
     return Estimate(middle, float(low), float(high), len(values), confidence)
 
 
 def paired_interval(first: Samples, second: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the mean difference of two remedies tried on the same seeds.
+    """Return the mean of ``first - second``, two remedies tried on the same seeds.
 
     Truth values (collapsed or not) give the difference of the two shares with the adjusted
     interval of Bonett and Price, which holds its level for few samples and shares near 0 too;
@@ -201,9 +144,6 @@ def paired_interval(first: Samples, second: Samples, *, confidence: float = 0.95
         first: One number or truth value a network, shape (n,), n >= 2.
         second: The same networks (seeds) under the other remedy, shape (n,).
         confidence: Coverage, strictly between 0 and 1.
-
-    Returns:
-        The estimate of ``first - second``.
 
     Raises:
         ValueError: If the lengths differ, there are fewer than two, or one is NaN or infinite.

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from relubook.evidence.statistics import Estimate, bootstrap_interval
+from relubook.evidence.statistics import Estimate, median_interval
 
 __all__ = ["interleaved_seconds", "ratio_interval"]
 
@@ -20,8 +20,7 @@ def interleaved_seconds(
         calls: Calls a round, at least 1; raise it for functions of microseconds.
 
     Returns:
-        Seconds of processor time per call, one number a round, by name. Time that other programs
-        take does not count; work on several threads counts for each of them.
+        Seconds of processor time per call, one number a round, by name; each thread's counts.
 
     Raises:
         ValueError: If there is nothing to time, or ``repeats`` or ``calls`` is below 1.
@@ -43,9 +42,8 @@ def interleaved_seconds(
 def ratio_interval(slow: list[float], fast: list[float]) -> Estimate:
     """Return the median of ``slow / fast`` over the same rounds with its 95% interval.
 
-    Raises:
-        ValueError: If the lists differ in length or have fewer than two rounds.
+    ValueError if the lists differ in length or have fewer than six rounds.
     """
     if len(slow) != len(fast):
         raise ValueError(f"both lists must have the same rounds, not {len(slow)} and {len(fast)}")
-    return bootstrap_interval([a / b for a, b in zip(slow, fast, strict=True)])
+    return median_interval([a / b for a, b in zip(slow, fast, strict=True)])

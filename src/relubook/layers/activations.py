@@ -43,17 +43,14 @@ def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor
     """Return ``max(0, input)`` with a chosen derivative where the input is exactly 0.
 
     With the values 0, 0.5 and 1 the gradients are those of ``torch.relu(x)``,
-    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. Forward-mode and higher derivatives and
-    ``torch.func`` work too. NaN stays NaN.
+    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. NaN stays NaN.
 
     Args:
         input: Any shape, floating point; TypeError otherwise.
-        value: The derivative at 0, any finite number (those in [0, 1] are subgradients); or a
-            tensor of them that expands to the input's shape, such as one number a network. No
-            gradient reaches it. ValueError otherwise.
+        value: The derivative at 0, a finite number or a tensor of them that expands to the input's
+            shape, such as one a network; ValueError otherwise. No gradient reaches it.
 
-    Source: Bertoin et al. 2021, "Numerical influence of ReLU'(0) on backpropagation",
-    https://arxiv.org/abs/2106.12915, ask which value is best.
+    Source: Bertoin et al. 2021, https://arxiv.org/abs/2106.12915, ask which value is best.
     """
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, not {input.dtype}")
@@ -63,19 +60,14 @@ def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor
     try:
         at_zero = at_zero.expand(input.shape)
     except RuntimeError:
-        raise ValueError(
-            f"value of shape {tuple(at_zero.shape)} cannot be expanded to the input's "
-            f"{tuple(input.shape)}"
-        ) from None
+        own, shape = tuple(at_zero.shape), tuple(input.shape)
+        message = f"value of shape {own} cannot be expanded to the input's {shape}"
+        raise ValueError(message) from None
     return torch.where(input == 0, at_zero * input, torch.relu(input))
 
 
 class Elementwise(nn.Module):
-    """A function from tensor to tensor of the same shape, as a module.
-
-    >>> Elementwise(torch.nn.functional.leaky_relu, negative_slope=0.1)
-    Elementwise(leaky_relu, negative_slope=0.1)
-    """
+    """A function from tensor to tensor of the same shape, as a module."""
 
     def __init__(self, function: Callable[..., Tensor], /, **options: Any):
         super().__init__()
@@ -107,8 +99,8 @@ class Activation:
         paper: Authors and year.
         url: DOI or arXiv address of the paper.
         initializer: Name in ``relubook.layers.initializers`` or ``torch.nn.init``. It keeps the
-            second moment from layer to layer exactly for ReLU, absolute value, step and SELU,
-            nearly so for the leaky ones, and goes with the others by custom.
+            second moment from layer to layer for ReLU, absolute value, step and SELU, nearly so
+            for the leaky ones, and goes with the others by custom.
     """
 
     name: str
@@ -203,11 +195,7 @@ def activation_names() -> tuple[str, ...]:
 
 
 def registered(what: Any) -> Activation | None:
-    """Return the registry's entry for what :func:`activation` takes; None for a user's own.
-
-    >>> registered(torch.relu).initializer
-    'he_normal_'
-    """
+    """Return the registry's entry for what :func:`activation` takes; None for a user's own."""
     if isinstance(what, str):
         what = _KNOWN.get(canonical(what))
     elif isinstance(what, nn.Module):
@@ -219,14 +207,9 @@ def activation(what: str | Callable[..., Any], /, **options: Any) -> nn.Module:
     """Build an activation as a module.
 
     Args:
-        what: One of
-
-            * a name: one of :func:`activation_names`, torch's spelling (``"LeakyReLU"``), or
-              ``"maxout"``, which takes the largest of neighboring features;
-            * a class, such as ``nn.LeakyReLU``;
-            * a module, such as ``nn.ReLU()``, which is copied with its parameters;
-            * a function of a tensor that returns one of the same shape, such as ``torch.relu``;
-              it becomes an :class:`Elementwise`.
+        what: A name (of :func:`activation_names`, in torch's spelling as ``"LeakyReLU"``, or
+            ``"maxout"``, the largest of neighboring features), a class, a module, which is copied
+            with its parameters, or a function from tensor to tensor of the same shape.
         **options: What the class or the function takes beyond the tensor.
 
     Raises:

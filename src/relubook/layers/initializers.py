@@ -38,10 +38,10 @@ def lecun_uniform_(tensor: Tensor, *, generator: Generator = None) -> Tensor:
 
 
 def uniform_(tensor: Tensor, bound: float | None = None, *, generator: Generator = None) -> Tensor:
-    """Fill a weight with U(-bound, bound).
+    """Fill a weight with U(-bound, bound); ValueError unless it is positive and finite.
 
     By default the bound is 1 / sqrt(fan_in), which is what ``nn.Linear`` draws: a variance of
-    1 / (3 fan_in), a sixth of He's. ValueError unless it is positive and finite.
+    1 / (3 fan_in), a sixth of He's.
     """
     bound = 1 / math.sqrt(_fan_in(tensor)) if bound is None else _positive("bound", bound)
     return nn.init.uniform_(tensor, -bound, bound, generator)
@@ -66,9 +66,8 @@ def rai_(weight: Tensor, bias: Tensor, generator: Generator = None) -> None:
     """Fill weight and bias by randomized asymmetric initialization.
 
     For every unit the fan_in weights and the bias are drawn from N(0, 0.6007^2 / fan_in); then
-    one of these fan_in + 1 numbers, chosen at random, is replaced by a draw from Beta(2, 1). The
-    positive draw makes it likelier than 1/2 that the unit fires on positive inputs; 0.6007 keeps
-    the second moment of the layer's output.
+    one of these fan_in + 1 numbers, chosen at random, is replaced by a draw from Beta(2, 1), which
+    is positive. 0.6007 keeps the second moment of the layer's output.
 
     Source: Lu, Shin, Su, Karniadakis, arXiv 1903.06733.
     """
@@ -116,9 +115,8 @@ def initializer(what: str | Callable[..., Any], /, **options: Any) -> Callable[.
             * a name of :func:`initializer_names`, with or without torch's trailing underscore;
               ``"torch"`` draws what ``nn.Linear`` draws, bias included, ``"rai"`` draws weight
               and bias together, and all others set the bias to zero;
-            * a function ``f(weight)`` that fills the weight in place, such as
-              ``torch.nn.init.orthogonal_``; it gets ``generator=`` if it has such a parameter,
-              and otherwise runs under a seed drawn from the generator; the bias becomes zero;
+            * a function ``f(weight)`` that fills the weight in place; it gets ``generator=`` if it
+              has such a parameter, else runs under a seed drawn from it; the bias becomes zero;
             * a function ``f(weight, bias, generator)`` that fills both.
         **options: What else the initializer takes, such as ``a=0.01`` for ``"he_normal"``.
 
@@ -126,9 +124,6 @@ def initializer(what: str | Callable[..., Any], /, **options: Any) -> Callable[.
         ValueError: If the name is unknown, or an option is not a finite number; by ``init``, if
             the shapes do not fit, ``"rai"`` lacks a bias, or a function returns another tensor.
         TypeError: If it has no such option, needs one that is missing, or is none of the above.
-
-    >>> weight, bias = torch.empty(4, 3), torch.empty(4)
-    >>> initializer("kaiming_normal", a=0.01)(weight, bias, torch.Generator().manual_seed(5))
     """
     if isinstance(what, str):
         name = what if what in _TABLE else _KNOWN.get(canonical(what))

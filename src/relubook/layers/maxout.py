@@ -23,9 +23,8 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
     """
     _check_at_least_one(pieces=pieces)
     if input.shape[dim] % pieces:
-        raise ValueError(
-            f"dimension {dim} of size {input.shape[dim]} is no multiple of pieces={pieces}"
-        )
+        words = f"dimension {dim} of size {input.shape[dim]}"
+        raise ValueError(f"{words} is no multiple of pieces={pieces}")
     dim %= input.dim()
     return input.unflatten(dim, (-1, pieces)).amax(dim + 1)
 
@@ -54,9 +53,7 @@ class Maxout(nn.Module):
     to the piece that is largest, so that it is never 0 for want of a slope.
 
     Args:
-        in_features: Size of an input.
-        out_features: Number of units.
-        pieces: Linear pieces of a unit, at least 1.
+        in_features, out_features, pieces: Size of an input, number of units and of their pieces.
         bias: Whether the pieces have a bias.
         initializer: What ``relubook.layers.initializers.initializer`` takes. LeCun's normal draw
             keeps the second moment of the layer's output at two pieces.
@@ -108,9 +105,8 @@ class Maxout(nn.Module):
 def maxout_leaky_relu(linear: nn.Linear, negative_slope: float = 0.01) -> Maxout:
     """Return the maxout layer that equals the leaky rectifier of ``linear(x)``.
 
-    Its two pieces are copies of the linear map and of ``negative_slope`` times it: 0 gives ReLU,
-    -1 the absolute value. ValueError if the slope is above 1 (the function is then not convex,
-    and no maximum) or not finite.
+    Its two pieces are copies of the linear map and of ``negative_slope`` times it; 0 gives ReLU,
+    -1 the absolute value. ValueError if the slope is above 1 (not convex) or not finite.
     """
     if not (math.isfinite(negative_slope) and negative_slope <= 1):
         raise ValueError(f"negative_slope must be a finite number <= 1, not {negative_slope!r}")
