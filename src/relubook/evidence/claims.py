@@ -260,14 +260,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the ledger.
+    """One claim of the ledger; ``id`` never changes, ``chapter`` is a file name without ending.
 
-    Attributes:
-        id: Its name, which never changes.
-        chapter: File name (without ending) of the chapter that tests it.
-        statement: The claim in the book's words, with the strength its authors give it.
-        notes: Which of the source notes N1 to N5 make it.
-        source, source_url: Whose claim it is, and its address, when no note makes it.
+    ``notes`` are those of the source notes N1 to N5 that make it. When none does, ``source`` says
+    whose claim it is, and ``source_url`` where to read it.
     """
 
     id: str
@@ -280,10 +276,8 @@ class Claim:
     @property
     def whose(self) -> str:
         """Who makes the claim, in words."""
-        if not self.notes:
-            return self.source
         label = "note" if len(self.notes) == 1 else "notes"
-        return f"{label} {', '.join(self.notes)}"
+        return f"{label} {', '.join(self.notes)}" if self.notes else self.source
 
     @property
     def recorded(self) -> Mapping[str, Any] | None:

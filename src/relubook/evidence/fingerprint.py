@@ -133,7 +133,7 @@ class _Statement:
     def changes(self) -> Iterator[str]:
         """Yield the dotted names that the statement changes in place, when run or called."""
         for node in ast.walk(self.node):
-            target: ast.AST | None = None
+            target = None
             if isinstance(node, ast.Attribute | ast.Subscript):
                 target = None if isinstance(node.ctx, ast.Load) else node.value
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -62,12 +62,8 @@ Measured = dict[str, list[float]]
 class Results:
     """Measurements over a grid, one number a cell, quantity and seed.
 
-    Attributes:
-        name: Name of the computation.
-        grid: The values of each parameter.
-        seeds: The seeds, in the order of the numbers.
-        cells: The numbers by quantity, for each cell as the tuple of its values in grid order.
-        record: Versions, date (UTC), seconds and fingerprint of a stored result, else empty.
+    The key of a cell is the tuple of its values in the order of the grid. ``record`` holds
+    versions, date (UTC), seconds and fingerprint of a stored result.
     """
 
     name: str
