@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from relubook.units.diagnosis import diagnose
+from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,39 @@ def test_calls_in_a_loop_are_one_site_and_other_layers_another():
     assert [site.calls for site in report] == [2, 2, 2, 3 + 2]
     assert all((site.inputs, site.observations) == (9, 9) for site in report)
     assert all(torch.equal(site.fired, site.fired_inputs) for site in report)
+
+
+def test_a_rectifier_shared_by_residual_blocks_is_a_site_of_each():
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.act(x + layer(x))
+            return x
+
+    model, x = Blocks(), torch.randn(6, 5)
+    report = diagnose(model, [x])
+    assert [site.name for site in report] == ["act#1", "act#2", "act#3"]
+    for site, layer in zip(report, model.layers, strict=True):
+        x = (x + layer(x)).relu()
+        assert site.fired.tolist() == (x > 0).sum(0).tolist()
+
+
+def test_units_that_meet_in_different_dimensions_are_unknown():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.one(x)[:, :, None] + self.two(x)[:, None, :])
+
+    with pytest.raises(AmbiguousUnitsError, match="units in different dimensions met"):
+        diagnose(Outer(), [torch.randn(6, 5)])
 
 
 def test_sites_of_one_name_are_listed_in_order():

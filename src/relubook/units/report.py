@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -219,12 +219,6 @@ class SiteReport:
         """Return how many units are in each state, by the names of ``STATES``."""
         return {state: int(mask.sum()) for state, mask in self.masks().items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers and lists, ready for JSON (save for NaN)."""
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
-        plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in own.items()}
-        return plain | {"units": self.units, "counts": self.counts()}
-
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in self.counts().items() if count)
         return (
@@ -295,18 +289,6 @@ class Report(SiteListing[SiteReport]):
         if faults:
             message = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
             raise AssertionError("\n  ".join([message, *faults]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the example as plain numbers, lists and dictionaries."""
-        return {
-            "inputs": self.inputs,
-            "batches": self.batches,
-            "dead_fraction": self.dead_fraction,
-            "dead_layers": self.dead_layers,
-            "skipped": self.skipped,
-            "notes": self.notes,
-            "sites": [site.to_dict() for site in self.sites],
-        }
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.

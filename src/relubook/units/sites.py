@@ -137,8 +137,7 @@ def public_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_OWN = {os.path.join(_HERE, name) for name in ("sites.py", "diagnosis.py", "watch.py")}
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _CALL = nn.Module._call_impl.__code__
 _foreign: dict[CodeType, bool] = {}
@@ -165,7 +164,7 @@ def call_path(
         foreign = _foreign.get(code)
         if foreign is None:
             name = code.co_filename
-            foreign = _foreign[code] = not (name.startswith(_TORCH) or name in _OWN)
+            foreign = _foreign[code] = not name.startswith((_TORCH, _OWN))
         if foreign:
             if location is None:
                 location = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
