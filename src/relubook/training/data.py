@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from relubook.training.losses import loss_function, of_each_member, same_shape, takes_labels
 from relubook.training.stack import Stack, batches_of, kept_modes
@@ -25,9 +25,6 @@ class MemberData:
             one that fits the outputs. For networks of one output (n,) stands for (n, 1).
         loss: See :func:`relubook.training.losses.loss_function`.
         kind: What messages put in front of ``x`` and ``y``.
-
-    Attributes:
-        n: Number of examples.
     """
 
     def __init__(self, stack: Stack, x: Any, y: Any, loss: Any, kind: str = ""):
@@ -59,16 +56,26 @@ class MemberData:
         if y.is_floating_point() and out.shape[2:] == (1,) and y.dim() == 1 + self.own_y:
             self.y = self.y[..., None]
         one = loss_function(loss, y)
+        target = self.y.shape[1 + self.own_y :]
         if takes_labels(one, y):
-            self._check_labels(out, one, kind)
+            # As torch has it, classes come first among the dimensions of one output.
+            if target != out.shape[3:]:
+                raise ValueError(
+                    f"{kind}y must have labels of shape {tuple(out.shape[3:])}, one for each vector "
+                    f"of outputs, not {tuple(target)}"
+                )
+            used = y[y != one.ignore_index] if hasattr(one, "ignore_index") else y
+            low, high = (int(used.min()), int(used.max())) if used.numel() else (0, 0)
+            if not 0 <= low <= high < (classes := out.shape[2]):
+                raise ValueError(
+                    f"labels of {kind}y must be in 0..{classes - 1}, not {low}..{high}"
+                )
         elif same_shape(one):
             if not y.is_floating_point():
                 raise TypeError(f"{kind}y must hold floating-point targets, not {y.dtype}")
-            if out.shape[2:] != self.target:
-                raise ValueError(
-                    f"{kind}y must have targets of shape {tuple(out.shape[2:])}, as the outputs "
-                    f"do, not {tuple(self.target)}"
-                )
+            if out.shape[2:] != target:
+                shapes = f"{tuple(out.shape[2:])}, as the outputs do, not {tuple(target)}"
+                raise ValueError(f"{kind}y must have targets of shape {shapes}")
         each = of_each_member(one)
         self.each = lambda out, y: each(out.to(exact), y)
         with torch.no_grad():
@@ -77,26 +84,6 @@ class MemberData:
             raise ValueError(
                 "loss must return one number for one network's outputs and targets, "
                 f"not the shape {tuple(losses.shape[1:])}"
-            )
-
-    @property
-    def target(self) -> torch.Size:
-        """Shape of one target."""
-        return self.y.shape[1 + self.own_y :]
-
-    def _check_labels(self, out: Tensor, loss: Any, kind: str) -> None:
-        # As torch has it, classes come first among the dimensions of one output.
-        if self.target != out.shape[3:]:
-            raise ValueError(
-                f"{kind}y must have labels of shape {tuple(out.shape[3:])}, one for each vector of "
-                f"outputs, not {tuple(self.target)}"
-            )
-        used = self.y
-        if isinstance(loss, nn.CrossEntropyLoss):
-            used = used[used != loss.ignore_index]
-        if used.numel() and not 0 <= (low := int(used.min())) <= int(used.max()) < out.shape[2]:
-            raise ValueError(
-                f"labels of {kind}y must be in 0..{out.shape[2] - 1}, not {low}..{int(used.max())}"
             )
 
     def rows(self, index: Any) -> tuple[Tensor, Tensor]:

@@ -25,24 +25,20 @@ def loss_function(loss: Any, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     Args:
         loss: A name of ``torch.nn.functional`` or ``torch.nn`` (or ``"mse"``, ``"mae"``,
             ``"huber"``), a class or instance of a loss of ``torch.nn``, or any function of one
-            network's outputs (batch, ...) and targets (batch, ...) that returns their mean loss
-            and that ``torch.func.vmap`` can map. None stands for cross-entropy if y holds
-            integers, else the mean squared error.
+            network's outputs and targets (batch, ...) that returns their mean loss and that
+            ``torch.func.vmap`` can map. None stands for cross-entropy if y holds integers, else
+            the mean squared error.
         y: Labels or targets, which None goes by.
 
-    Raises:
-        ValueError: If the name is unknown, or the loss is no mean.
-        TypeError: If it is no function.
+    Raises ValueError if the name is unknown or the loss no mean, TypeError if it is no function.
     """
     if loss is None:
         loss = F.mse_loss if y.is_floating_point() else F.cross_entropy
     if isinstance(loss, str):
         known = SHORT | FUNCTIONS | CLASSES
         if loss not in known:
-            raise ValueError(
-                f"unknown loss {loss!r}; known: {', '.join(SHORT)}, cross_entropy and the other "
-                "losses of torch.nn.functional"
-            )
+            names = ", ".join(SHORT)
+            raise ValueError(f"unknown loss {loss!r}; known: {names} and the losses of torch")
         loss = known[loss]
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         loss = loss()

@@ -19,6 +19,7 @@ __all__ = [
     "StackedLinear",
     "StackedModule",
     "StackedRReLU",
+    "rebuild_",
     "stream",
 ]
 
@@ -32,19 +33,25 @@ def stream(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest())
 
 
+def rebuild_(
+    network: nn.Module, sources: Sequence[nn.Module], make: Callable[[list[Tensor]], Tensor]
+) -> None:
+    """Make every parameter and buffer of a network anew from those of several like it."""
+    for module, *others in zip(network.modules(), *(s.modules() for s in sources), strict=True):
+        for kind in ("_parameters", "_buffers"):
+            store = getattr(module, kind)
+            for name, value in store.items():
+                if value is not None:
+                    new = make([getattr(other, kind)[name].detach() for other in others])
+                    trained = isinstance(value, nn.Parameter)
+                    store[name] = nn.Parameter(new, value.requires_grad) if trained else new
+
+
 class StackedLinear(nn.Module):
     """The linear maps of many networks: member i maps x to ``x @ weight[i] + bias[i]``.
 
-    Args:
-        members: Number of networks.
-        in_features: Size of an input.
-        out_features: Size of an output.
-        bias: Whether there is a bias.
-        dtype: Type of the parameters.
-
-    Attributes:
-        weight: Shape (members, in_features, out_features), 0 at first.
-        bias: Shape (members, out_features), 0 at first, or None.
+    ``weight`` has the shape (members, in_features, out_features), ``bias`` (members,
+    out_features), or is None; both are 0 at first.
     """
 
     def __init__(
@@ -85,10 +92,8 @@ class StackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what the representation shows."""
-        return (
-            f"members={self.members}, in_features={self.in_features}, "
-            f"out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"members={self.members}, {sizes}, bias={self.bias is not None}"
 
 
 class Drawing(nn.Module):
@@ -139,26 +144,13 @@ class StackedRReLU(Drawing):
 class StackedModule(nn.Module):
     """Modules of any one kind, run side by side by ``torch.func.vmap``.
 
-    Args:
-        each: The members' modules.
-
-    Attributes:
-        module: A module with the members first in every parameter and buffer. It does not run by
-            itself.
+    ``module`` has the members first in every parameter and buffer; it does not run by itself.
     """
 
     def __init__(self, each: Sequence[nn.Module]):
         super().__init__()
         self.module = copy.deepcopy(each[0])
-        for owner, *sources in zip(
-            self.module.modules(), *(m.modules() for m in each), strict=True
-        ):
-            for store in ("_parameters", "_buffers"):
-                for name, value in getattr(owner, store).items():
-                    if value is not None:
-                        rows = torch.stack([getattr(s, store)[name].detach() for s in sources])
-                        kept = nn.Parameter(rows, value.requires_grad)
-                        getattr(owner, store)[name] = kept if store == "_parameters" else rows
+        rebuild_(self.module, each, torch.stack)
 
     def forward(
         self, input: Tensor, shared: bool = False, then: Callable[[Tensor], Any] = lambda out: out

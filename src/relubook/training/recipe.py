@@ -41,27 +41,21 @@ class Recipe:
     """What a fully connected network is made of.
 
     A hidden layer is linear map, normalization, activation, dropout; a last linear map follows.
-    With a residual form the first hidden layer stays plain and the later ones are blocks, f being
-    the branch and ``relu`` standing for the activation of the recipe:
+    With a residual form the first hidden layer stays plain and the later ones are blocks:
 
-    - ``"relu(f)+x"``: the branch is a whole hidden layer, its input is added to the output;
-    - ``"relu(f+x)"``: the input is added in front of the activation;
-    - ``"pre-activation"``: normalization, activation and dropout come first and the linear map
-      last; the first layer is then a bare linear map, and one more activation stands before the
-      last linear map.
+    - ``"relu(f)+x"``: a block's input is added to the output of its whole hidden layer;
+    - ``"relu(f+x)"``: it is added in front of the activation;
+    - ``"pre-activation"``: the linear map of a block comes last; the first layer is then a bare
+      linear map, and one more activation stands before the last linear map.
 
     Attributes:
-        inputs: Number of input features.
         widths: Units of each hidden layer; one number for ``hidden`` equal layers.
-        outputs: Number of outputs.
         hidden: Number of hidden layers when ``widths`` is one number; 1 by default.
-        activation: A name, a class, a module (each layer gets a copy) or a function from tensor
-            to tensor of the same shape, which mixes units at most, in the last dimension; see
-            :func:`relubook.layers.activations.activation`. Parameters of a module are trained.
+        activation: What :func:`relubook.layers.activations.activation` takes; each layer gets a
+            copy, and parameters of a module are trained. May mix units in the last dimension.
         activation_options: Its parameters, such as ``{"negative_slope": 0.1}``.
-        initializer: A name or a function; see
-            :func:`relubook.layers.initializers.initializer`. By default what the registry has for
-            the activation, LeCun's normal draw for maxout and He's for what is not registered.
+        initializer: What :func:`relubook.layers.initializers.initializer` takes. By default what
+            the registry has for the activation, LeCun's normal draw for maxout, else He's.
         initializer_options: Its parameters, such as ``{"a": 0.1}``.
         bias: None for what the initializer does (0 but for ``"torch"`` and ``"rai"``), False for
             no biases, a number for that constant, a pair for draws from U(low, high).
@@ -106,11 +100,10 @@ class Recipe:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         object.__setattr__(self, "_unit", activation(self.activation, **self.activation_options))
-        known = ["none", *NORMALIZATIONS]
-        if not callable(self.normalization) and self.normalization not in known:
-            raise ValueError(
-                f"unknown normalization {self.normalization!r}; known: {', '.join(known)}"
-            )
+        kinds = ["none", *NORMALIZATIONS]
+        if not callable(self.normalization) and self.normalization not in kinds:
+            known = ", ".join(kinds)
+            raise ValueError(f"unknown normalization {self.normalization!r}; known: {known}")
         if self.residual not in RESIDUALS:
             raise ValueError(f"unknown residual {self.residual!r}; known: {', '.join(RESIDUALS)}")
         if self.residual != "none" and len(set(widths)) > 1:
@@ -170,13 +163,9 @@ class Recipe:
     def single(self, seed: int, *, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the network of one seed as a plain module.
 
-        Args:
-            seed: Seed of all its draws. The global random state is not used.
-            dtype: Type of its parameters; torch's default type by default.
-
         Returns:
             An ``nn.Sequential`` of ``linear1, norm1, act1, dropout1, linear2, ...``, or a
-            :class:`ResidualNetwork` with the same names.
+            :class:`ResidualNetwork` with the same names. The global random state is not used.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -186,18 +175,20 @@ class Recipe:
             return made
 
         modules = self.modules(linear, lambda module, layer: module)
-        if self.residual == "none":
-            network: nn.Module = nn.Sequential(OrderedDict(modules))
-        else:
-            network = ResidualNetwork(modules, self.residual)
+        plain = self.residual == "none"
+        network = (
+            nn.Sequential(OrderedDict(modules))
+            if plain
+            else ResidualNetwork(modules, self.residual)
+        )
         return network if dtype is None else network.to(dtype)
 
     def stack(
         self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
     ) -> "RecipeStack":
-        """Build the networks of many seeds as one :class:`relubook.training.stack.RecipeStack`.
+        """Build the networks of many seeds as one; member i equals ``single(seeds[i])``.
 
-        Member i equals ``single(seeds[i])``; a number m as ``seeds`` stands for ``range(m)``.
+        A number m as ``seeds`` stands for ``range(m)``.
         """
         from relubook.training.stack import RecipeStack
 
@@ -208,12 +199,7 @@ class Recipe:
         linear: Callable[[int, int], nn.Module],
         turn: Callable[[nn.Module, int], nn.Module],
     ) -> dict[str, nn.Module]:
-        """Build ``linear1, norm1, act1, dropout1, linear2, ...``.
-
-        Args:
-            linear: Builds a linear map of so many inputs and outputs.
-            turn: What becomes of the other modules, given with the number of their layer.
-        """
+        """Build ``linear1, norm1, act1, ...`` by ``linear(ins, outs)``, ``turn(other, layer)``."""
         made: dict[str, nn.Module] = {}
         for layer, (ins, outs) in enumerate(self.maps, 1):
             made[f"linear{layer}"] = linear(ins, outs)
@@ -249,19 +235,13 @@ class Recipe:
     def _initializer(self) -> Any:
         if self.initializer is not None:
             return self.initializer
-        if self.pieces > 1:
-            return "lecun_normal"
         entry = registered(self.activation)
-        return "he_normal" if entry is None else entry.initializer
+        default = "he_normal" if entry is None else entry.initializer
+        return "lecun_normal" if self.pieces > 1 else default
 
 
 class ResidualNetwork(nn.Module):
-    """A plain network with skip connections; see :class:`Recipe` for the forms.
-
-    Args:
-        modules: ``linear1, norm1, act1, dropout1, linear2, ...`` by name.
-        residual: One of :data:`RESIDUALS`.
-    """
+    """A plain network with skip connections; see :class:`Recipe` for the forms."""
 
     def __init__(self, modules: Mapping[str, nn.Module], residual: str):
         super().__init__()
@@ -280,10 +260,7 @@ def wire(
     x: Tensor,
     seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Run ``linear1, norm1, act1, dropout1, linear2, ...`` of a network in a residual form.
-
-    ``seen`` is called with pre-activations and outputs of each activation.
-    """
+    """Run ``linear1, norm1, act1, ...`` of a network; ``seen(pre, post)`` sees each activation."""
     made = network._modules
     hidden = sum(name.startswith("act") for name in made)
 

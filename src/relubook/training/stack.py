@@ -14,6 +14,7 @@ Linear(in_features=3, out_features=8, bias=True)
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -27,6 +28,7 @@ from relubook.training.modules import (
     StackedLinear,
     StackedModule,
     StackedRReLU,
+    rebuild_,
     stream,
 )
 from relubook.training.recipe import Recipe, wire
@@ -35,17 +37,14 @@ __all__ = ["RecipeStack", "Stack", "batch_order", "member_seeds", "stack_of"]
 
 
 def member_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
-    """Return the members' seeds; a number m stands for ``range(m)``.
-
-    Raises TypeError if a seed is no integer, ValueError if there is none.
-    """
+    """Return the members' seeds, one at least; a number m stands for ``range(m)``."""
     if isinstance(seeds, bool) or not isinstance(seeds, int | Iterable):
         raise TypeError(f"seeds must be a number or integers, not {seeds!r}")
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    for place, seed in enumerate(chosen):
+    chosen = []
+    for seed in range(seeds) if isinstance(seeds, int) else seeds:
         try:
-            chosen[place] = seed.__index__()
-        except (AttributeError, TypeError):
+            chosen.append(operator.index(seed))
+        except TypeError:
             raise TypeError(f"every seed must be an integer, not {seed!r}") from None
     if not chosen:
         raise ValueError("seeds must name at least one member, not 0")
@@ -57,12 +56,6 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
 
     Every epoch is a fresh permutation of the n examples, cut into whole batches; what is left
     over at its end is dropped.
-
-    Args:
-        seed: The member's seed.
-        n: Number of examples.
-        batch_size: Examples a step, at most n.
-        steps: Number of steps.
 
     Returns:
         Indices of the examples, shape (steps, batch_size).
@@ -97,17 +90,13 @@ def kept_modes(network: nn.Module) -> Iterator[None]:
 class Stack(nn.Module):
     """Many networks as one module; the base of :class:`RecipeStack` and :func:`stack_of`.
 
-    Every parameter and buffer that differs between members has the members first.
-
-    Args:
-        seeds: The members' seeds; a number m stands for ``range(m)``.
-
-    Attributes:
-        seeds: The members' seeds, a tuple.
-        members_last: Whether training lays the members side by side in memory.
+    Parameters and buffers have the members first. ``seeds`` are the members' seeds.
     """
 
     members_last = False
+    """Whether training lays the members side by side in memory."""
+    dims = 2
+    """Dimensions of one network's batch; 0 where inputs are always shared."""
 
     def __init__(self, seeds: int | Iterable[int]):
         super().__init__()
@@ -122,7 +111,7 @@ class Stack(nn.Module):
 
     def owns(self, input: Tensor) -> bool:
         """Whether an input's first dimension is that of the members."""
-        raise NotImplementedError
+        return bool(self.dims) and input.dim() > self.dims
 
     def _single(self) -> nn.Module:
         """Build a plain network whose state has the order of the stack's."""
@@ -133,19 +122,13 @@ class Stack(nn.Module):
         return self.run(input)
 
     def hidden(self, input: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return pre- and post-activations of every activation, in the order of the pass.
-
-        Each has the shape (members, batch, ...) and its graph.
-        """
+        """Return (pre, post) of every activation in order, each (members, batch, ...)."""
         pairs: list[tuple[Tensor, Tensor]] = []
         self.run(input, lambda pre, post: pairs.append((pre, post)))
         return pairs
 
     def member(self, index: int) -> nn.Module:
-        """Copy one member out as a plain module, in the mode (training or not) of the stack.
-
-        Raises IndexError if there is no such member; -1 is the last.
-        """
+        """Copy one member (-1: the last) out as a plain module, in the mode of the stack."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no member {index}; the stack has {len(self)}")
         network = self._single()
@@ -187,15 +170,8 @@ class Stack(nn.Module):
 
     def _hold(self, stacks: "Sequence[Stack]", cut: slice) -> "Stack":
         self.seeds = tuple(seed for one in stacks for seed in one.seeds)[cut]
+        rebuild_(self, stacks, lambda parts: torch.cat(parts)[cut].clone())
         for module, *sources in zip(self.modules(), *(s.modules() for s in stacks), strict=True):
-            for kind in ("_parameters", "_buffers"):
-                store = getattr(module, kind)
-                for name, value in store.items():
-                    if value is not None:
-                        parts = [getattr(source, kind)[name].detach() for source in sources]
-                        new = torch.cat(parts)[cut].clone()
-                        trained = isinstance(value, nn.Parameter)
-                        store[name] = nn.Parameter(new, value.requires_grad) if trained else new
             if isinstance(module, Drawing):
                 every = [generator for source in sources for generator in source.generators]
                 module.generators = [generator.clone_state() for generator in every[cut]]
@@ -212,9 +188,6 @@ class RecipeStack(Stack):
     """Many networks of one recipe; build it with ``recipe.stack(seeds)``.
 
     Modules carry the names of the plain network: ``linear1, norm1, act1, dropout1, linear2, ...``.
-
-    Attributes:
-        recipe: What each member is made of.
     """
 
     def __init__(
@@ -249,23 +222,15 @@ class RecipeStack(Stack):
 
     def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
         """Run all members on (batch, inputs) or (members, batch, inputs)."""
-        size = self.recipe.inputs
-        if (
-            input.dim() not in (2, 3)
-            or input.shape[-1] != size
-            or (input.dim() == 3 and len(input) != len(self))
-        ):
+        size, shape = self.recipe.inputs, tuple(input.shape)
+        if shape[-1:] != (size,) or shape[:-2] not in ((), (len(self),)) or len(shape) < 2:
             raise ValueError(
                 f"the input must have the shape (batch, {size}) or ({len(self)}, batch, {size}), "
-                f"not {tuple(input.shape)}"
+                f"not {shape}"
             )
         if not input.is_floating_point():
             raise TypeError(f"the input must be floating point, not {input.dtype}")
         return wire(self, self.recipe.residual, input, seen)
-
-    def owns(self, input: Tensor) -> bool:
-        """Whether an input's first dimension is that of the members."""
-        return input.dim() == 3
 
     def _single(self) -> nn.Module:
         return self.recipe.single(0)
@@ -290,14 +255,12 @@ class _AnyStack(Stack):
         if seen is None or not units:
             return self.body(input, not own)
         pairs: list[Tensor] = []  # pre- and post-activations in turn
-        hooks = [
-            hook
-            for unit in units
-            for hook in (
+        hooks = []
+        for unit in units:
+            hooks += [
                 unit.register_forward_pre_hook(lambda _, args: pairs.append(args[0].clone())),
                 unit.register_forward_hook(lambda _, args, out: pairs.append(out.clone())),
-            )
-        ]
+            ]
 
         def found(out: Tensor) -> tuple[Tensor, list[Tensor]]:
             kept = list(pairs)
@@ -313,20 +276,10 @@ class _AnyStack(Stack):
             seen(pre, post)
         return out
 
-    def owns(self, input: Tensor) -> bool:
-        """Whether an input's first dimension is that of the members."""
-        return bool(self.dims) and input.dim() > self.dims
-
     def _single(self) -> nn.Module:
         network = copy.deepcopy(self.body.module)
-        for module in network.modules():
-            for store in (module._parameters, module._buffers):
-                for name, value in store.items():
-                    if value is not None:
-                        one = value.detach()[0].clone()
-                        kind = isinstance(value, nn.Parameter)
-                        store[name] = nn.Parameter(one) if kind else one  # type: ignore[assignment]
-        return network
+        rebuild_(network, [network], lambda rows: rows[0][0].clone())
+        return network.requires_grad_()
 
 
 def _input_dims(module: nn.Module) -> int:
@@ -349,13 +302,12 @@ def stack_of(
             member's seed in turn and left as it was.
         seeds: The members' seeds; a number m stands for ``range(m)``.
         dims: Dimensions of one network's batch, by which inputs of each member's own are told
-            from shared ones; by default as the first convolution or linear map has it (4 for
-            images, 2 for vectors), and without one all inputs are shared.
+            from shared ones. By default 2, or those of the first convolution; without either all
+            inputs are shared.
 
     Returns:
-        The stack. Its parameters have the members first; ``hidden`` sees activation modules of
-        ``relubook.layers.activations.MODULES``, not functions called in ``forward``. Draws in
-        training (dropout) come from torch's global generator.
+        The stack. ``hidden`` sees activation modules of ``relubook.layers.activations.MODULES``,
+        not functions called in ``forward``. Dropout draws from torch's global generator.
 
     Raises:
         TypeError: If ``build`` returns no module.
@@ -372,8 +324,7 @@ def stack_of(
     shapes = [[(k, v.shape) for k, v in member.state_dict().items()] for member in members]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("all members must have parameters of the same shapes")
-    if len([*members[0].named_parameters(remove_duplicate=False)]) > len(
-        [*members[0].parameters()]
-    ):
+    every = [*members[0].named_parameters(remove_duplicate=False)]
+    if len(every) > len([*members[0].parameters()]):
         raise ValueError("no parameter may be shared between modules of a network")
     return _AnyStack(members, chosen, dims)
