@@ -10,21 +10,13 @@ from torch import Tensor
 from relubook.training.losses import loss_function, of_each_member, same_shape, takes_labels
 from relubook.training.stack import Stack, batches_of, kept_modes
 
-__all__ = ["MemberData"]
-
 
 class MemberData:
     """Inputs and targets of all members, checked, on the stack's device and in its type.
 
-    Losses are computed in 32 bits at least, whatever the type of the stack.
-
-    Args:
-        stack: The networks.
-        x: Inputs, shape (n, ...), or (members, n, ...) where :meth:`Stack.owns` says so.
-        y: Labels or targets, shape (n, ...) or (members, n, ...); where both could be meant, the
-            one that fits the outputs. For networks of one output (n,) stands for (n, 1).
-        loss: See :func:`relubook.training.losses.loss_function`.
-        kind: What messages put in front of ``x`` and ``y``.
+    Losses are computed in 32 bits at least. Where y could be (n, ...) or (members, n, ...), it is
+    what fits the outputs; for networks of one output (n,) stands for (n, 1). Messages put ``kind``
+    in front of x and y.
     """
 
     def __init__(self, stack: Stack, x: Any, y: Any, loss: Any, kind: str = ""):
@@ -49,10 +41,8 @@ class MemberData:
         fits = y.is_floating_point() and y.shape[1:] == out.shape[2:]
         self.own_y = y.shape[:2] == (self.members, n) and not (len(y) == n and fits)
         if not self.own_y and len(y) != n:
-            raise ValueError(
-                f"{kind}y must have one target for each of {n} inputs, shape ({n}, ...) or "
-                f"({self.members}, {n}, ...), not {tuple(y.shape)}"
-            )
+            shapes = f"({n}, ...) or ({self.members}, {n}, ...), not {tuple(y.shape)}"
+            raise ValueError(f"{kind}y must have one target for each of {n} inputs, shape {shapes}")
         if y.is_floating_point() and out.shape[2:] == (1,) and y.dim() == 1 + self.own_y:
             self.y = self.y[..., None]
         one = loss_function(loss, y)
@@ -60,10 +50,8 @@ class MemberData:
         if takes_labels(one, y):
             # As torch has it, classes come first among the dimensions of one output.
             if target != out.shape[3:]:
-                raise ValueError(
-                    f"{kind}y must have labels of shape {tuple(out.shape[3:])}, one for each vector "
-                    f"of outputs, not {tuple(target)}"
-                )
+                shapes = f"{tuple(out.shape[3:])}, one for each vector of outputs, not {(*target,)}"
+                raise ValueError(f"{kind}y must have labels of shape {shapes}")
             used = y[y != one.ignore_index] if hasattr(one, "ignore_index") else y
             low, high = (int(used.min()), int(used.max())) if used.numel() else (0, 0)
             if not 0 <= low <= high < (classes := out.shape[2]):
@@ -81,10 +69,8 @@ class MemberData:
         with torch.no_grad():
             losses = self.each(out, self.rows(slice(0, 2))[1])
         if losses.shape != (self.members,):
-            raise ValueError(
-                "loss must return one number for one network's outputs and targets, "
-                f"not the shape {tuple(losses.shape[1:])}"
-            )
+            shape = tuple(losses.shape[1:])
+            raise ValueError(f"loss must return one number for one network, not the shape {shape}")
 
     def rows(self, index: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of some examples, targets as (members, batch, ...)."""

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["classifies", "loss_function", "of_each_member", "same_shape", "takes_labels"]
-
 SHORT = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 ELEMENTWISE = (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss)
 FUNCTIONS = {

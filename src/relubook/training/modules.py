@@ -12,17 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = [
-    "SMALL_MAP",
-    "Drawing",
-    "StackedDropout",
-    "StackedLinear",
-    "StackedModule",
-    "StackedRReLU",
-    "rebuild_",
-    "stream",
-]
-
 SMALL_MAP = 16
 """Largest linear map, in weights, for which plain arithmetic with the members side by side in
 memory beats batched matrix products."""
@@ -50,8 +39,7 @@ def rebuild_(
 class StackedLinear(nn.Module):
     """The linear maps of many networks: member i maps x to ``x @ weight[i] + bias[i]``.
 
-    ``weight`` has the shape (members, in_features, out_features), ``bias`` (members,
-    out_features), or is None; both are 0 at first.
+    Both are 0 at first.
     """
 
     def __init__(
@@ -64,7 +52,7 @@ class StackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.members, self.in_features, self.out_features = members, in_features, out_features
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.zeros(members, in_features, out_features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(members, out_features, dtype=dtype)) if bias else None
 
@@ -73,7 +61,7 @@ class StackedLinear(nn.Module):
         if self.in_features * self.out_features <= SMALL_MAP and self.weight.stride(0) == 1:
             return self._small(input)
         if input.dim() == 2:
-            input = input.expand(self.members, *input.shape)
+            input = input.expand(len(self.weight), *input.shape)
         if self.bias is None:
             return torch.bmm(input, self.weight)
         return torch.baddbmm(self.bias[:, None], input, self.weight)
@@ -93,7 +81,7 @@ class StackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return what the representation shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"members={self.members}, {sizes}, bias={self.bias is not None}"
+        return f"members={len(self.weight)}, {sizes}, bias={self.bias is not None}"
 
 
 class Drawing(nn.Module):
@@ -155,10 +143,7 @@ class StackedModule(nn.Module):
     def forward(
         self, input: Tensor, shared: bool = False, then: Callable[[Tensor], Any] = lambda out: out
     ) -> Any:
-        """Map (members, batch, ...), or (batch, ...) if ``shared``, to (members, batch, ...).
-
-        ``then`` is applied to each member's output.
-        """
+        """Map (members, batch, ...), or (batch, ...) if ``shared``, and apply ``then`` to each."""
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         call = torch.func.vmap(
             lambda one, x: then(torch.func.functional_call(self.module, one, (x,))),

@@ -13,8 +13,6 @@ from torch import Tensor
 from relubook.training.modules import StackedLinear
 from relubook.training.stack import Stack
 
-__all__ = ["Numbers", "make_optimizer", "optimizer_maker"]
-
 NAMED = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
@@ -23,30 +21,18 @@ NAMED = {
 ELEMENTWISE = {
     NAMED[name]
     for name in (
-        "sgd",
-        "adam",
-        "adamw",
-        "adamax",
-        "nadam",
-        "radam",
-        "adadelta",
-        "adagrad",
-        "asgd",
-        "rmsprop",
-        "rprop",
+        "sgd", "adam", "adamw", "adamax", "nadam", "radam", "adadelta", "adagrad", "asgd",
+        "rmsprop", "rprop",
     )
-}
-REFUSED = {
-    "LBFGS": "it calls the loss many times a step",
-    "SparseAdam": "gradients here are dense",
-}
+}  # fmt: skip
+REFUSED = {"LBFGS": "it calls the loss many times a step", "SparseAdam": "gradients are dense"}
 
 
 class Numbers:
     """All trained parameters of a stack in one piece of memory, and their gradients in another.
 
-    One update then serves all layers. The stack's parameters are views of it while the context
-    lasts; where the stack says so, the members stand side by side in memory.
+    The stack's parameters are views of it while the context lasts; where the stack says so, the
+    members stand side by side in memory.
     """
 
     def __init__(self, stack: Stack):
@@ -128,10 +114,7 @@ def optimizer_maker(
 ) -> tuple[Callable[..., torch.optim.Optimizer], bool]:
     """Return what makes an optimizer from parameter groups, and whether it acts on single numbers.
 
-    Raises:
-        TypeError: If it is neither a name nor callable, returns no optimizer, or has no such
-            option.
-        ValueError: If the name is unknown, an option is wrong, or the optimizer fits no stack.
+    Raises TypeError or ValueError if it is unknown, fits no stack, or an option is wrong.
     """
     if isinstance(optimizer, str):
         if (name := optimizer.lower()) not in NAMED:

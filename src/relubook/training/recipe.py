@@ -1,11 +1,8 @@
 """What a fully connected network is made of: one description for one network or for a thousand.
 
->>> import torch
 >>> recipe = Recipe(inputs=1, widths=2, outputs=1, hidden=9)
 >>> recipe.stack(range(1000))(torch.linspace(-1, 1, 5)[:, None]).shape
 torch.Size([1000, 5, 1])
->>> recipe.single(7).linear1
-Linear(in_features=1, out_features=2, bias=True)
 """
 
 import math
@@ -25,6 +22,8 @@ if TYPE_CHECKING:
     from relubook.training.stack import RecipeStack
 
 __all__ = ["NORMALIZATIONS", "RESIDUALS", "Recipe", "ResidualNetwork"]
+
+Seen = Callable[[Tensor, Tensor], None] | None  # is called with pre- and post-activations
 
 NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm1d,
@@ -132,10 +131,8 @@ class Recipe:
                 x = module.eval()(x)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} does not fit the width {width}: {error}") from error
-        if x.shape != (2, width):
-            raise ValueError(
-                f"activation must return the shape that it gets, {(2, width)}, not {tuple(x.shape)}"
-            )
+        if (shape := tuple(x.shape)) != (2, width):
+            raise ValueError(f"activation must return the shape that it gets, not {shape}")
 
     @property
     def pieces(self) -> int:
@@ -175,29 +172,24 @@ class Recipe:
             return made
 
         modules = self.modules(linear, lambda module, layer: module)
-        plain = self.residual == "none"
-        network = (
-            nn.Sequential(OrderedDict(modules))
-            if plain
-            else ResidualNetwork(modules, self.residual)
-        )
+        network: nn.Module = ResidualNetwork(modules, self.residual)
+        if self.residual == "none":
+            network = nn.Sequential(OrderedDict(modules))
         return network if dtype is None else network.to(dtype)
 
     def stack(
         self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
     ) -> "RecipeStack":
-        """Build the networks of many seeds as one; member i equals ``single(seeds[i])``.
+        """Build the networks of many seeds, or of ``range(seeds)``, as one module.
 
-        A number m as ``seeds`` stands for ``range(m)``.
+        Member i equals ``single(seeds[i])``.
         """
         from relubook.training.stack import RecipeStack
 
         return RecipeStack(self, seeds, dtype=dtype)
 
     def modules(
-        self,
-        linear: Callable[[int, int], nn.Module],
-        turn: Callable[[nn.Module, int], nn.Module],
+        self, linear: Callable[[int, int], nn.Module], turn: Callable[[nn.Module, int], nn.Module]
     ) -> dict[str, nn.Module]:
         """Build ``linear1, norm1, act1, ...`` by ``linear(ins, outs)``, ``turn(other, layer)``."""
         made: dict[str, nn.Module] = {}
@@ -221,9 +213,8 @@ class Recipe:
 
     def draw_(self, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
         """Draw one linear map in place: weight of shape (out, in), bias (out,)."""
-        initialize_(
-            self._initializer, weight, bias, generator=generator, **self.initializer_options
-        )
+        options = {"generator": generator, **self.initializer_options}
+        initialize_(self._initializer, weight, bias, **options)
         if bias is not None and self.bias is not None:
             with torch.no_grad():
                 if isinstance(self.bias, tuple):
@@ -254,12 +245,7 @@ class ResidualNetwork(nn.Module):
         return wire(self, self.residual, input)
 
 
-def wire(
-    network: nn.Module,
-    residual: str,
-    x: Tensor,
-    seen: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:
+def wire(network: nn.Module, residual: str, x: Tensor, seen: Seen = None) -> Tensor:
     """Run ``linear1, norm1, act1, ...`` of a network; ``seen(pre, post)`` sees each activation."""
     made = network._modules
     hidden = sum(name.startswith("act") for name in made)
@@ -274,8 +260,7 @@ def wire(
             seen(z, h)
         return apply("dropout", layer, h)
 
-    x = apply("linear", 1, x)
-    h = x
+    x = h = apply("linear", 1, x)
     for layer in range(1, hidden + 1):
         f = apply("norm", layer, x)
         if residual == "pre-activation":

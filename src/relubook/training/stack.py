@@ -1,10 +1,7 @@
 """Many networks as one module: members side by side, each with numbers of its own.
 
-:meth:`relubook.training.recipe.Recipe.stack` builds fully connected ones; :func:`stack_of` stacks
-any module. Every stack maps inputs (batch, ...) to outputs (members, batch, ...), shows its hidden
-layers, and gives single members back:
+:meth:`relubook.training.recipe.Recipe.stack` builds fully connected ones, :func:`stack_of` others.
 
->>> from torch import nn
 >>> stack = stack_of(lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), seeds=5)
 >>> [tuple(post.shape) for pre, post in stack.hidden(torch.randn(4, 3))]
 [(5, 4, 8)]
@@ -31,7 +28,7 @@ from relubook.training.modules import (
     rebuild_,
     stream,
 )
-from relubook.training.recipe import Recipe, wire
+from relubook.training.recipe import Recipe, Seen, wire
 
 __all__ = ["RecipeStack", "Stack", "batch_order", "member_seeds", "stack_of"]
 
@@ -66,10 +63,7 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
 
 
 def batches_of(seeds: Sequence[int], n: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield the batches of :func:`batch_order` for ever, those of all seeds at once.
-
-    Each has the shape (seeds, batch_size), and the seeds side by side in memory.
-    """
+    """Yield batches for ever, each (seeds, batch_size), with the seeds side by side in memory."""
     generators = [torch.Generator().manual_seed(stream(seed, "batches")) for seed in seeds]
     while True:
         epoch = torch.stack([torch.randperm(n, generator=g) for g in generators], 1)
@@ -105,7 +99,7 @@ class Stack(nn.Module):
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    def run(self, input: Tensor, seen: Seen = None) -> Tensor:
         """Run all members; ``seen(pre, post)`` is called at each activation."""
         raise NotImplementedError
 
@@ -146,9 +140,8 @@ class Stack(nn.Module):
         parts = []
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
-                value = parameter.detach()
-                if isinstance(module, StackedLinear) and value.dim() == 3:
-                    value = value.mT
+                turned = isinstance(module, StackedLinear) and parameter.dim() == 3
+                value = parameter.detach().mT if turned else parameter.detach()
                 parts.append(value.reshape(len(self), -1))
         return torch.cat(parts, 1) if parts else torch.empty(len(self), 0)
 
@@ -175,8 +168,6 @@ class Stack(nn.Module):
             if isinstance(module, Drawing):
                 every = [generator for source in sources for generator in source.generators]
                 module.generators = [generator.clone_state() for generator in every[cut]]
-            if isinstance(module, StackedLinear):
-                module.members = len(self)
         return self
 
     def extra_repr(self) -> str:
@@ -185,10 +176,7 @@ class Stack(nn.Module):
 
 
 class RecipeStack(Stack):
-    """Many networks of one recipe; build it with ``recipe.stack(seeds)``.
-
-    Modules carry the names of the plain network: ``linear1, norm1, act1, dropout1, linear2, ...``.
-    """
+    """Many networks of one recipe; modules are named as in ``recipe.single(seed)``."""
 
     def __init__(
         self, recipe: Recipe, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
@@ -220,14 +208,12 @@ class RecipeStack(Stack):
             self.add_module(name, module)
         self.members_last = max(ins * outs for ins, outs in recipe.maps) <= SMALL_MAP
 
-    def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    def run(self, input: Tensor, seen: Seen = None) -> Tensor:
         """Run all members on (batch, inputs) or (members, batch, inputs)."""
         size, shape = self.recipe.inputs, tuple(input.shape)
         if shape[-1:] != (size,) or shape[:-2] not in ((), (len(self),)) or len(shape) < 2:
-            raise ValueError(
-                f"the input must have the shape (batch, {size}) or ({len(self)}, batch, {size}), "
-                f"not {shape}"
-            )
+            shapes = f"(batch, {size}) or ({len(self)}, batch, {size})"
+            raise ValueError(f"the input must have the shape {shapes}, not {shape}")
         if not input.is_floating_point():
             raise TypeError(f"the input must be floating point, not {input.dtype}")
         return wire(self, self.recipe.residual, input, seen)
@@ -237,20 +223,16 @@ class RecipeStack(Stack):
 
 
 class _AnyStack(Stack):
-    """Any module, stacked; see :func:`stack_of`."""
-
     def __init__(self, members: Sequence[nn.Module], seeds: Sequence[int], dims: int | None):
         super().__init__(seeds)
         self.body = StackedModule(members)
         self.dims = _input_dims(members[0]) if dims is None else dims
 
-    def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    def run(self, input: Tensor, seen: Seen = None) -> Tensor:
         own = self.owns(input)
         if own and len(input) != len(self):
-            raise ValueError(
-                f"inputs of each member's own must have the shape ({len(self)}, batch, ...), "
-                f"not {tuple(input.shape)}"
-            )
+            shape = f"({len(self)}, batch, ...), not {tuple(input.shape)}"
+            raise ValueError(f"inputs of each member's own must have the shape {shape}")
         units = [m for m in self.body.module.modules() if isinstance(m, MODULES)]
         if seen is None or not units:
             return self.body(input, not own)
@@ -311,8 +293,7 @@ def stack_of(
 
     Raises:
         TypeError: If ``build`` returns no module.
-        ValueError: If there is no member, members differ in shape, or a parameter is shared
-            within a network.
+        ValueError: If members differ in shape, or a parameter is shared within a network.
     """
     chosen, members = member_seeds(seeds), []
     with torch.random.fork_rng():

@@ -1,12 +1,9 @@
 """Train many networks at once with any optimizer of torch, each member as if it were alone.
 
->>> import torch
 >>> from relubook.training.recipe import Recipe
 >>> x = torch.linspace(-1, 1, 64)[:, None]
 >>> stack = Recipe(1, 2, 1, hidden=9).stack(50)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.01)
->>> run.loss.shape == (len(run.steps), 50)
-True
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.001, optimizer=torch.optim.SGD)  # goes on
 
 The members' losses are added up, so that a member's gradient is what it would be alone, and

@@ -40,12 +40,7 @@ def best_rate(rates: Sequence[float], scores: Sequence[float] | Tensor) -> float
 
 
 def tune_rate(
-    recipe: Any,
-    data: Any,
-    rates: Sequence[float],
-    *,
-    seeds: int | Iterable[int],
-    **settings: Any,
+    recipe: Any, data: Any, rates: Sequence[float], *, seeds: int | Iterable[int], **settings: Any
 ) -> tuple[float, Tensor]:
     """Return the rate with the best mean score on the validation part.
 
