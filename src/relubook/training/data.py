@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relubook.training.losses import loss_function, of_each_member, same_shape, takes_labels
+from relubook.training.losses import LABELS, SAME_SHAPE, loss_function, of_each_member, of_kind
 from relubook.training.stack import Stack, batches_of, kept_modes
 
 
@@ -47,18 +47,17 @@ class MemberData:
             self.y = self.y[..., None]
         one = loss_function(loss, y)
         target = self.y.shape[1 + self.own_y :]
-        if takes_labels(one, y):
+        if not y.is_floating_point() and of_kind(one, LABELS):
             # As torch has it, classes come first among the dimensions of one output.
             if target != out.shape[3:]:
                 shapes = f"{tuple(out.shape[3:])}, one for each vector of outputs, not {(*target,)}"
                 raise ValueError(f"{kind}y must have labels of shape {shapes}")
             used = y[y != one.ignore_index] if hasattr(one, "ignore_index") else y
             low, high = (int(used.min()), int(used.max())) if used.numel() else (0, 0)
-            if not 0 <= low <= high < (classes := out.shape[2]):
-                raise ValueError(
-                    f"labels of {kind}y must be in 0..{classes - 1}, not {low}..{high}"
-                )
-        elif same_shape(one):
+            if low < 0 or high >= out.shape[2]:
+                wanted = f"0..{out.shape[2] - 1}"
+                raise ValueError(f"labels of {kind}y must be in {wanted}, not {low}..{high}")
+        elif of_kind(one, LABELS + SAME_SHAPE):
             if not y.is_floating_point():
                 raise TypeError(f"{kind}y must hold floating-point targets, not {y.dtype}")
             if out.shape[2:] != target:

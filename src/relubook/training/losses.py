@@ -9,6 +9,10 @@ from torch.nn import functional as F
 
 SHORT = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 ELEMENTWISE = (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss)
+LABELS = (F.cross_entropy, nn.CrossEntropyLoss)
+"""Losses that take integers as numbers of classes."""
+SAME_SHAPE = (*ELEMENTWISE, nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss)
+"""Losses that take targets of the outputs' shape alone."""
 FUNCTIONS = {
     name: value
     for name, value in vars(F).items()
@@ -62,19 +66,8 @@ def of_each_member(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
     return cross_entropy
 
 
-def takes_labels(loss: Any, y: Tensor) -> bool:
-    """Whether a loss takes y as numbers of classes."""
-    return not y.is_floating_point() and (
-        loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+def of_kind(loss: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a loss is one of these functions and classes, or of one of the classes."""
+    return any(
+        loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds
     )
-
-
-def same_shape(loss: Any) -> bool:
-    """Whether a loss compares targets with outputs of the same shape, unless it takes labels."""
-    kinds = (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.CrossEntropyLoss)
-    return loss in (*ELEMENTWISE, F.cross_entropy) or isinstance(loss, kinds)
-
-
-def classifies(out: Tensor, y: Tensor) -> bool:
-    """Whether targets are labels of the outputs: integers, one for each vector of outputs."""
-    return not y.is_floating_point() and out.shape[:-1] == y.shape

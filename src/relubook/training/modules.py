@@ -48,8 +48,7 @@ class StackedLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        *,
-        dtype: torch.dtype | None = None,
+        dtype: Any = None,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

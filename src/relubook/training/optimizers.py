@@ -97,8 +97,8 @@ class Numbers:
 
     def finite(self) -> Tensor:
         """Return which members have finite parameters only, shape (members,)."""
-        parts = [p.detach().isfinite().reshape(self.members, -1) for p in self.parameters]
-        return torch.cat(parts, 1).all(1)
+        parts = [p.detach().isfinite().reshape(self.members, -1).all(1) for p in self.parameters]
+        return torch.stack(parts).all(0)
 
     def __enter__(self) -> "Numbers":
         return self

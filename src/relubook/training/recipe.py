@@ -131,8 +131,9 @@ class Recipe:
                 x = module.eval()(x)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} does not fit the width {width}: {error}") from error
-        if (shape := tuple(x.shape)) != (2, width):
-            raise ValueError(f"activation must return the shape that it gets, not {shape}")
+        want, shape = (2, width), tuple(x.shape)
+        if shape != want:
+            raise ValueError(f"activation must return the shape that it gets, {want}, not {shape}")
 
     @property
     def pieces(self) -> int:
@@ -201,7 +202,6 @@ class Recipe:
         return made
 
     def _after(self, features: int) -> dict[str, nn.Module]:
-        """Build what follows a linear map in a hidden layer."""
         made: dict[str, nn.Module] = {}
         if self.normalization != "none":
             kind = self.normalization
@@ -213,22 +213,18 @@ class Recipe:
 
     def draw_(self, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
         """Draw one linear map in place: weight of shape (out, in), bias (out,)."""
-        options = {"generator": generator, **self.initializer_options}
-        initialize_(self._initializer, weight, bias, **options)
+        kind = self.initializer
+        if kind is None:
+            entry = registered(self.activation)
+            kind = "he_normal" if entry is None else entry.initializer
+            kind = "lecun_normal" if self.pieces > 1 else kind
+        initialize_(kind, weight, bias, generator=generator, **self.initializer_options)
         if bias is not None and self.bias is not None:
             with torch.no_grad():
                 if isinstance(self.bias, tuple):
                     bias.uniform_(*self.bias, generator=generator)
                 else:
                     bias.fill_(self.bias)
-
-    @property
-    def _initializer(self) -> Any:
-        if self.initializer is not None:
-            return self.initializer
-        entry = registered(self.activation)
-        default = "he_normal" if entry is None else entry.initializer
-        return "lecun_normal" if self.pieces > 1 else default
 
 
 class ResidualNetwork(nn.Module):

@@ -108,7 +108,6 @@ class Stack(nn.Module):
         return bool(self.dims) and input.dim() > self.dims
 
     def _single(self) -> nn.Module:
-        """Build a plain network whose state has the order of the stack's."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from relubook._optional import require
 from relubook.training.data import MemberData
-from relubook.training.losses import classifies
 from relubook.training.optimizers import Numbers, make_optimizer, optimizer_maker
 from relubook.training.run import TrainingRun, concatenate, crossed, seed_ranges
 from relubook.training.stack import Stack, kept_modes
@@ -267,25 +266,20 @@ class _Trainer:
     def _evaluate(self, data: MemberData, watch: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return loss, accuracy and whether each unit outputs anything but 0."""
         fires: list[Tensor] = []
-        place = 0
+        now: list[Tensor] = []
 
         def seen(pre: Tensor, post: Tensor) -> None:
-            nonlocal place
             others = [dim for dim in range(1, post.dim()) if dim != min(2, post.dim() - 1)]
-            fire = (post != 0).any(others) if others else post != 0
-            if place == len(fires):
-                fires.append(fire)
-            else:
-                fires[place] |= fire
-            place += 1
+            now.append((post != 0).any(others) if others else post != 0)
 
         loss, hits = self.unknown.new_zeros(2, len(self.unknown))
         for start in range(0, data.n, ROWS):
             x, y = data.rows(slice(start, start + ROWS))
-            place, size = 0, y.shape[1]
+            now.clear()
             out = self.stack.run(x, seen if watch else None)
-            loss += data.each(out, y) * (size / data.n)
-            if classifies(out, y):
+            fires = [a | b for a, b in zip(fires, now, strict=True)] if fires else [*now]
+            loss += data.each(out, y) * (y.shape[1] / data.n)
+            if not y.is_floating_point() and out.shape[:-1] == y.shape:  # labels
                 hits += (out.argmax(-1) == y).sum(1) / data.n
             else:
                 hits = self.unknown
@@ -293,26 +287,16 @@ class _Trainer:
 
     def run(self, rates: Tensor, interrupted: bool) -> TrainingRun:
         """Return what was measured."""
-        kept = {name: torch.stack([at[name] for at in self.kept]).cpu() for name in self.kept[0]}
-        return TrainingRun(
-            network=self.stack,
-            seeds=self.stack.seeds,
-            lr=rates,
-            steps=tuple(self.steps),
-            died=[since.cpu() for since in self.died],
-            diverged=self.diverged.cpu(),
-            interrupted=interrupted,
-            **kept,
-        )
+        kept: dict[str, Any] = {
+            name: torch.stack([at[name] for at in self.kept]).cpu() for name in self.kept[0]
+        }
+        since = [since.cpu() for since in self.died]
+        kept |= {"died": since, "diverged": self.diverged.cpu(), "interrupted": interrupted}
+        return TrainingRun(self.stack, self.stack.seeds, rates, tuple(self.steps), **kept)
 
 
 def _train_apart(
-    stack: Stack,
-    data: MemberData,
-    check: MemberData | None,
-    rates: Tensor,
-    jobs: int,
-    **settings: Any,
+    stack: Stack, data: MemberData, check: Any, rates: Tensor, jobs: int, **settings: Any
 ) -> TrainingRun:
     """Train ranges of members by joblib and put the results into the stack."""
     joblib = require("joblib", "training on several processes")
