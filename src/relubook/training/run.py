@@ -57,17 +57,15 @@ class TrainingRun:
     def __repr__(self) -> str:
         last = self.loss[-1][self.diverged < 0]
         loss = f"{last.mean():.4g}" if len(last) else "none finite"
-        state = ", interrupted" if self.interrupted else ""
-        return (
-            f"TrainingRun({len(self)} members, {self.steps[-1]} steps, mean loss {loss}, "
-            f"{int((self.diverged >= 0).sum())} diverged{state})"
-        )
+        state = f"{len(self) - len(last)} diverged" + ", interrupted" * self.interrupted
+        size = f"{len(self)} members, {self.steps[-1]} steps"
+        return f"TrainingRun({size}, mean loss {loss}, {state})"
 
     def member(self, index: int) -> nn.Module:
         """Take one trained member out as a plain module in evaluation mode."""
         return self.network.member(index).eval()
 
-    def dead_share(self, at: int = -1) -> Tensor:
+    def dead_share(self, at: int | slice = -1) -> Tensor:
         """Return each member's share of dead units among all, (M,), at a measurement."""
         units = self.dead.new_tensor([since.shape[1] for since in self.died])
         return (self.dead[at] * units).sum(-1) / max(1.0, float(units.sum()))
@@ -92,9 +90,7 @@ class TrainingRun:
         names = ("loss", "accuracy", "validation_loss", "validation_accuracy", "gradient_norm")
         for name in names:
             table[name] = getattr(self, name).flatten().tolist()
-        table["dead"] = [
-            share for at in range(len(self.steps)) for share in self.dead_share(at).tolist()
-        ]
+        table["dead"] = self.dead_share(slice(None)).flatten().tolist()
         since = self.diverged.repeat(len(self.steps)).numpy()
         table["diverged"] = (since >= 0) & (since <= table["step"].to_numpy())
         return table
@@ -136,22 +132,16 @@ def concatenate(runs: Iterable[TrainingRun]) -> TrainingRun:
     runs = list(runs)
     if not runs:
         raise ValueError("runs is empty: there is nothing to concatenate")
-    first = runs[0]
-
-    def shapes(run: TrainingRun) -> list[Any]:
-        return [(k, v.shape[1:]) for k, v in run.network.state_dict().items()]
-
-    if any(run.steps != first.steps or shapes(run) != shapes(first) for run in runs):
+    states = [(run.steps, run.network.state_dict()) for run in runs]
+    if len({(at, *((k, v.shape[1:]) for k, v in state.items())) for at, state in states}) > 1:
         raise ValueError("runs must have networks of the same shapes and the same steps")
     merged: dict[str, Any] = {"interrupted": any(run.interrupted for run in runs)}
     for entry in fields(TrainingRun):
         values = [getattr(run, entry.name) for run in runs]
-        if entry.name in ("lr", "diverged"):
-            merged[entry.name] = torch.cat(values)
-        elif entry.name == "died":
+        if entry.name == "died":
             merged[entry.name] = [torch.cat(layer) for layer in zip(*values, strict=True)]
         elif isinstance(values[0], Tensor):
-            merged[entry.name] = torch.cat(values, 1)
+            merged[entry.name] = torch.cat(values, min(1, values[0].dim() - 1))
     merged["seeds"] = tuple(seed for run in runs for seed in run.seeds)
     merged["network"] = Stack.join([run.network for run in runs])
-    return replace(first, **merged)
+    return replace(runs[0], **merged)
