@@ -6,10 +6,9 @@
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.01)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.001, optimizer=torch.optim.SGD)  # goes on
 
-The members' losses are added up, so that a member's gradient is what it would be alone, and
-elementwise optimizers act on all members' numbers as they do on one's. ``jobs=`` trains ranges of
-members apart, by joblib, and puts them together; inside ``joblib.parallel_config(backend="dask")``
-or ``"ray"`` the same call runs on a cluster.
+The members' losses are added up, so that a member's gradient is what it would be alone. ``jobs=``
+trains ranges of members apart, by joblib; inside ``joblib.parallel_config(backend="dask")`` or
+``"ray"`` the same call runs on a cluster.
 """
 
 import contextlib
@@ -72,31 +71,27 @@ def train(
         loss: A loss of torch (``F.huber_loss``, ``nn.L1Loss()``, ``"mse_loss"``) or any function
             of one network's outputs and targets that returns their mean loss. By default
             cross-entropy for integer y, else the mean squared error.
-        batch_size: Examples a step, in the order of
-            :func:`relubook.training.stack.batch_order`; by default all of them (full batch).
+        batch_size: Examples a step, all of them by default; see
+            :func:`relubook.training.stack.batch_order`.
         batch_seed: Seed of one batch order for all members; by default each has its own.
         scheduler: Makes a scheduler of ``torch.optim.lr_scheduler`` from the optimizer, such as
             ``functools.partial(CosineAnnealingLR, T_max=steps)``; it steps after every step.
         clip: Largest norm of a member's gradient, as ``torch.nn.utils.clip_grad_norm_`` has it.
-        record: Measure every so many steps, or at these steps; by default at 11 steps. The first
-            and the last step are always measured.
+        record: Measure every so many steps, or at these; by default at 11. The first and the last
+            step are always measured.
         validation: Inputs and labels or targets of a validation set.
-        each_step: ``each_step(step, stack, optimizer)`` is called after every step, counted from
-            1, in evaluation mode and without gradients; it may change parameters in place, and
-            ends the run by returning ``False``.
+        each_step: ``each_step(step, stack, optimizer)`` is called after every step (1, 2, ...),
+            in evaluation mode and without gradients; it may change parameters in place, and ends
+            the run by returning ``False``.
         jobs: Ranges of members to train apart by joblib; not with ``each_step``.
         progress: Whether to show a bar. By default when the standard error is a terminal, or as
             the environment variable ``RELUBOOK_PROGRESS`` says (0 or 1).
         **options: Options of the optimizer, such as ``momentum=0.9, nesterov=True``.
 
     Returns:
-        What was measured, with the stack as ``network``. Ctrl-C ends the run early and returns
-        what there is.
+        What was measured, with the stack as ``network``; after Ctrl-C what there is.
 
-    Raises:
-        TypeError: If an argument has the wrong type, or the optimizer no such option.
-        ValueError: If an argument is unknown, not finite or does not fit. Nothing has been
-            changed then.
+    Raises TypeError or ValueError, and changes nothing, if an argument is wrong.
     """
     if not isinstance(stack, Stack):
         kind = type(stack).__name__
@@ -248,16 +243,15 @@ class _Trainer:
         shares = [(~fire).to(loss.dtype).mean(1) for fire in fires]
         dead = torch.stack(shares, 1) if shares else loss.new_zeros(len(loss), 0)
         dead[overflowed] = math.nan
-        self.kept.append(
-            {
-                "loss": loss,
-                "accuracy": torch.where(loss.isnan(), loss, accuracy),
-                "validation_loss": other[0],
-                "validation_accuracy": other[1],
-                "dead": dead,
-                "gradient_norm": self.norms.clone(),
-            }
-        )
+        measured = {
+            "loss": loss,
+            "accuracy": torch.where(loss.isnan(), loss, accuracy),
+            "validation_loss": other[0],
+            "validation_accuracy": other[1],
+            "dead": dead,
+            "gradient_norm": self.norms.clone(),
+        }
+        self.kept.append(measured)
         self.steps.append(step)
         if self.bar is not None:
             state = f"loss={loss.nanmean():.3g}, dead={100 * dead.nanmean():.1f}%"
@@ -287,12 +281,11 @@ class _Trainer:
 
     def run(self, rates: Tensor, interrupted: bool) -> TrainingRun:
         """Return what was measured."""
-        kept: dict[str, Any] = {
-            name: torch.stack([at[name] for at in self.kept]).cpu() for name in self.kept[0]
-        }
+        names, seeds = self.kept[0], self.stack.seeds
+        kept: Any = {name: torch.stack([at[name] for at in self.kept]).cpu() for name in names}
         since = [since.cpu() for since in self.died]
         kept |= {"died": since, "diverged": self.diverged.cpu(), "interrupted": interrupted}
-        return TrainingRun(self.stack, self.stack.seeds, rates, tuple(self.steps), **kept)
+        return TrainingRun(self.stack, seeds, rates, tuple(self.steps), **kept)
 
 
 def _train_apart(
@@ -342,17 +335,13 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def _bar(progress: bool | None, members: int, steps: int) -> Iterator[Any]:
+def _bar(progress: bool | None, members: int, steps: int) -> Any:
     if progress is None:
         chosen = os.environ.get("RELUBOOK_PROGRESS", "")
         if chosen not in ("", "0", "1"):
             raise ValueError(f"RELUBOOK_PROGRESS must be 0 or 1, not {chosen!r}")
         progress = sys.stderr.isatty() if chosen == "" else chosen == "1"
     if not progress:
-        yield None
-        return
-    tqdm = require("tqdm", "the progress bar").tqdm
-    title = f"{members} members x {steps} steps"
-    with tqdm(total=members * steps, desc=title, unit="step", unit_scale=True) as bar:
-        yield bar
+        return contextlib.nullcontext()
+    tqdm, title = require("tqdm", "the progress bar").tqdm, f"{members} members x {steps} steps"
+    return tqdm(total=members * steps, desc=title, unit="step", unit_scale=True)
