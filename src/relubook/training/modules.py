@@ -37,10 +37,7 @@ def rebuild_(
 
 
 class StackedLinear(nn.Module):
-    """The linear maps of many networks: member i maps x to ``x @ weight[i] + bias[i]``.
-
-    Both are 0 at first.
-    """
+    """The linear maps of many networks, 0 at first: x to ``x @ weight[i] + bias[i]``."""
 
     def __init__(
         self,

@@ -63,9 +63,7 @@ class Recipe:
         residual: ``"none"`` or one of the forms above.
         dropout: Probability of dropping a hidden unit's output in training.
 
-    Raises:
-        ValueError: If something is unknown or does not fit; names it.
-        TypeError: If something has the wrong type, or no such parameter.
+    Raises ValueError or TypeError, and names what is unknown or does not fit.
     """
 
     inputs: int
@@ -159,11 +157,10 @@ class Recipe:
         return sum(parameter.numel() for parameter in self.single(0).parameters())
 
     def single(self, seed: int, *, dtype: torch.dtype | None = None) -> nn.Module:
-        """Build the network of one seed as a plain module.
+        """Build the network of one seed as a plain module, without the global random state.
 
-        Returns:
-            An ``nn.Sequential`` of ``linear1, norm1, act1, dropout1, linear2, ...``, or a
-            :class:`ResidualNetwork` with the same names. The global random state is not used.
+        It has ``linear1, norm1, act1, dropout1, linear2, ...``: an ``nn.Sequential`` or a
+        :class:`ResidualNetwork`.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -181,10 +178,7 @@ class Recipe:
     def stack(
         self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
     ) -> "RecipeStack":
-        """Build the networks of many seeds, or of ``range(seeds)``, as one module.
-
-        Member i equals ``single(seeds[i])``.
-        """
+        """Build the networks of seeds, or of ``range(seeds)``, as one; see :meth:`single`."""
         from relubook.training.stack import RecipeStack
 
         return RecipeStack(self, seeds, dtype=dtype)

@@ -52,10 +52,7 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
     """Return the batches that :func:`relubook.training.train.train` gives the member of a seed.
 
     Every epoch is a fresh permutation of the n examples, cut into whole batches; what is left
-    over at its end is dropped.
-
-    Returns:
-        Indices of the examples, shape (steps, batch_size).
+    over at its end is dropped. Returns indices of the examples, shape (steps, batch_size).
     """
     batches = batches_of([seed], n, batch_size)
     rows = [next(batches)[0] for _ in range(steps)]
@@ -290,9 +287,8 @@ def stack_of(
         The stack. ``hidden`` sees activation modules of ``relubook.layers.activations.MODULES``,
         not functions called in ``forward``. Dropout draws from torch's global generator.
 
-    Raises:
-        TypeError: If ``build`` returns no module.
-        ValueError: If members differ in shape, or a parameter is shared within a network.
+    Raises TypeError if ``build`` returns no module, ValueError if members differ in shape or a
+    parameter is shared within a network.
     """
     chosen, members = member_seeds(seeds), []
     with torch.random.fork_rng():

@@ -16,11 +16,8 @@ __all__ = ["best_rate", "tune_rate"]
 def best_rate(rates: Sequence[float], scores: Sequence[float] | Tensor) -> float:
     """Return the rate with the best score, unless it stands at the edge of the grid.
 
-    Args:
-        rates: Learning rates, three or more, in ascending order.
-        scores: A number a rate, more being better. NaN counts as the worst.
-
-    Raises ValueError if the input is no such thing, or the grid has to be extended.
+    There are three or more rates in ascending order, and one score for each, more being better
+    and NaN the worst; else, or if the grid has to be extended, ValueError is raised.
     """
     if len(rates) < 3 or list(rates) != sorted(rates):
         raise ValueError(f"rates must be three or more in ascending order, not {list(rates)}")
@@ -55,9 +52,7 @@ def tune_rate(
         settings: Passed on to :func:`relubook.training.train.train`: steps, optimizer and so on.
 
     Returns:
-        The best rate, and the mean score by rate, shape (rates,).
-
-    Raises ValueError as :func:`best_rate` does.
+        The best rate (or ValueError, as :func:`best_rate` has it), and the mean score by rate.
     """
     members, lr = crossed(seeds, rates)
     stack = recipe.stack(members, dtype=data.train.x.dtype)
