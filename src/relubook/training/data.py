@@ -5,29 +5,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from relubook.training.losses import loss_function, of_each_member, same_shape, takes_labels
+from relubook.training.losses import LABELS, SAME_SHAPE, loss_function, of_each_member, of_kind
 from relubook.training.stack import Stack, batches_of, kept_modes
-
-__all__ = ["MemberData"]
 
 
 class MemberData:
     """Inputs and targets of all members, checked, on the stack's device and in its type.
 
-    Losses are computed in 32 bits at least, whatever the type of the stack.
-
-    Args:
-        stack: The networks.
-        x: Inputs, shape (n, ...), or (members, n, ...) where :meth:`Stack.owns` says so.
-        y: Labels or targets, shape (n, ...) or (members, n, ...); where both could be meant, the
-            one that fits the outputs. For networks of one output (n,) stands for (n, 1).
-        loss: See :func:`relubook.training.losses.loss_function`.
-        kind: What messages put in front of ``x`` and ``y``.
-
-    Attributes:
-        n: Number of examples.
+    Losses are computed in 32 bits at least. Where y could be (n, ...) or (members, n, ...), it is
+    what fits the outputs; for networks of one output (n,) stands for (n, 1). Messages put ``kind``
+    in front of x and y.
     """
 
     def __init__(self, stack: Stack, x: Any, y: Any, loss: Any, kind: str = ""):
@@ -52,52 +41,35 @@ class MemberData:
         fits = y.is_floating_point() and y.shape[1:] == out.shape[2:]
         self.own_y = y.shape[:2] == (self.members, n) and not (len(y) == n and fits)
         if not self.own_y and len(y) != n:
-            raise ValueError(
-                f"{kind}y must have one target for each of {n} inputs, shape ({n}, ...) or "
-                f"({self.members}, {n}, ...), not {tuple(y.shape)}"
-            )
+            shapes = f"({n}, ...) or ({self.members}, {n}, ...), not {tuple(y.shape)}"
+            raise ValueError(f"{kind}y must have one target for each of {n} inputs, shape {shapes}")
         if y.is_floating_point() and out.shape[2:] == (1,) and y.dim() == 1 + self.own_y:
             self.y = self.y[..., None]
         one = loss_function(loss, y)
-        if takes_labels(one, y):
-            self._check_labels(out, one, kind)
-        elif same_shape(one):
+        target = self.y.shape[1 + self.own_y :]
+        if not y.is_floating_point() and of_kind(one, LABELS):
+            # As torch has it, classes come first among the dimensions of one output.
+            if target != out.shape[3:]:
+                shapes = f"{tuple(out.shape[3:])}, one for each vector of outputs, not {(*target,)}"
+                raise ValueError(f"{kind}y must have labels of shape {shapes}")
+            used = y[y != one.ignore_index] if hasattr(one, "ignore_index") else y
+            low, high = (int(used.min()), int(used.max())) if used.numel() else (0, 0)
+            if low < 0 or high >= out.shape[2]:
+                wanted = f"0..{out.shape[2] - 1}"
+                raise ValueError(f"labels of {kind}y must be in {wanted}, not {low}..{high}")
+        elif of_kind(one, LABELS + SAME_SHAPE):
             if not y.is_floating_point():
                 raise TypeError(f"{kind}y must hold floating-point targets, not {y.dtype}")
-            if out.shape[2:] != self.target:
-                raise ValueError(
-                    f"{kind}y must have targets of shape {tuple(out.shape[2:])}, as the outputs "
-                    f"do, not {tuple(self.target)}"
-                )
+            if out.shape[2:] != target:
+                shapes = f"{tuple(out.shape[2:])}, as the outputs do, not {tuple(target)}"
+                raise ValueError(f"{kind}y must have targets of shape {shapes}")
         each = of_each_member(one)
         self.each = lambda out, y: each(out.to(exact), y)
         with torch.no_grad():
             losses = self.each(out, self.rows(slice(0, 2))[1])
         if losses.shape != (self.members,):
-            raise ValueError(
-                "loss must return one number for one network's outputs and targets, "
-                f"not the shape {tuple(losses.shape[1:])}"
-            )
-
-    @property
-    def target(self) -> torch.Size:
-        """Shape of one target."""
-        return self.y.shape[1 + self.own_y :]
-
-    def _check_labels(self, out: Tensor, loss: Any, kind: str) -> None:
-        # As torch has it, classes come first among the dimensions of one output.
-        if self.target != out.shape[3:]:
-            raise ValueError(
-                f"{kind}y must have labels of shape {tuple(out.shape[3:])}, one for each vector of "
-                f"outputs, not {tuple(self.target)}"
-            )
-        used = self.y
-        if isinstance(loss, nn.CrossEntropyLoss):
-            used = used[used != loss.ignore_index]
-        if used.numel() and not 0 <= (low := int(used.min())) <= int(used.max()) < out.shape[2]:
-            raise ValueError(
-                f"labels of {kind}y must be in 0..{out.shape[2] - 1}, not {low}..{int(used.max())}"
-            )
+            shape = tuple(losses.shape[1:])
+            raise ValueError(f"loss must return one number for one network, not the shape {shape}")
 
     def rows(self, index: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of some examples, targets as (members, batch, ...)."""

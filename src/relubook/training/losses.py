@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["classifies", "loss_function", "of_each_member", "same_shape", "takes_labels"]
-
 SHORT = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 ELEMENTWISE = (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss)
+LABELS = (F.cross_entropy, nn.CrossEntropyLoss)
+"""Losses that take integers as numbers of classes."""
+SAME_SHAPE = (*ELEMENTWISE, nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss)
+"""Losses that take targets of the outputs' shape alone."""
 FUNCTIONS = {
     name: value
     for name, value in vars(F).items()
@@ -25,24 +27,20 @@ def loss_function(loss: Any, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     Args:
         loss: A name of ``torch.nn.functional`` or ``torch.nn`` (or ``"mse"``, ``"mae"``,
             ``"huber"``), a class or instance of a loss of ``torch.nn``, or any function of one
-            network's outputs (batch, ...) and targets (batch, ...) that returns their mean loss
-            and that ``torch.func.vmap`` can map. None stands for cross-entropy if y holds
-            integers, else the mean squared error.
+            network's outputs and targets (batch, ...) that returns their mean loss and that
+            ``torch.func.vmap`` can map. None stands for cross-entropy if y holds integers, else
+            the mean squared error.
         y: Labels or targets, which None goes by.
 
-    Raises:
-        ValueError: If the name is unknown, or the loss is no mean.
-        TypeError: If it is no function.
+    Raises ValueError if the name is unknown or the loss no mean, TypeError if it is no function.
     """
     if loss is None:
         loss = F.mse_loss if y.is_floating_point() else F.cross_entropy
     if isinstance(loss, str):
         known = SHORT | FUNCTIONS | CLASSES
         if loss not in known:
-            raise ValueError(
-                f"unknown loss {loss!r}; known: {', '.join(SHORT)}, cross_entropy and the other "
-                "losses of torch.nn.functional"
-            )
+            names = ", ".join(SHORT)
+            raise ValueError(f"unknown loss {loss!r}; known: {names} and the losses of torch")
         loss = known[loss]
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         loss = loss()
@@ -68,19 +66,8 @@ def of_each_member(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
     return cross_entropy
 
 
-def takes_labels(loss: Any, y: Tensor) -> bool:
-    """Whether a loss takes y as numbers of classes."""
-    return not y.is_floating_point() and (
-        loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+def of_kind(loss: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a loss is one of these functions and classes, or of one of the classes."""
+    return any(
+        loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds
     )
-
-
-def same_shape(loss: Any) -> bool:
-    """Whether a loss compares targets with outputs of the same shape, unless it takes labels."""
-    kinds = (nn.MSELoss, nn.L1Loss, nn.HuberLoss, nn.SmoothL1Loss, nn.CrossEntropyLoss)
-    return loss in (*ELEMENTWISE, F.cross_entropy) or isinstance(loss, kinds)
-
-
-def classifies(out: Tensor, y: Tensor) -> bool:
-    """Whether targets are labels of the outputs: integers, one for each vector of outputs."""
-    return not y.is_floating_point() and out.shape[:-1] == y.shape

@@ -12,16 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = [
-    "SMALL_MAP",
-    "Drawing",
-    "StackedDropout",
-    "StackedLinear",
-    "StackedModule",
-    "StackedRReLU",
-    "stream",
-]
-
 SMALL_MAP = 16
 """Largest linear map, in weights, for which plain arithmetic with the members side by side in
 memory beats batched matrix products."""
@@ -32,20 +22,22 @@ def stream(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest())
 
 
+def rebuild_(
+    network: nn.Module, sources: Sequence[nn.Module], make: Callable[[list[Tensor]], Tensor]
+) -> None:
+    """Make every parameter and buffer of a network anew from those of several like it."""
+    for module, *others in zip(network.modules(), *(s.modules() for s in sources), strict=True):
+        for kind in ("_parameters", "_buffers"):
+            store = getattr(module, kind)
+            for name, value in store.items():
+                if value is not None:
+                    new = make([getattr(other, kind)[name].detach() for other in others])
+                    trained = isinstance(value, nn.Parameter)
+                    store[name] = nn.Parameter(new, value.requires_grad) if trained else new
+
+
 class StackedLinear(nn.Module):
-    """The linear maps of many networks: member i maps x to ``x @ weight[i] + bias[i]``.
-
-    Args:
-        members: Number of networks.
-        in_features: Size of an input.
-        out_features: Size of an output.
-        bias: Whether there is a bias.
-        dtype: Type of the parameters.
-
-    Attributes:
-        weight: Shape (members, in_features, out_features), 0 at first.
-        bias: Shape (members, out_features), 0 at first, or None.
-    """
+    """The linear maps of many networks, 0 at first: x to ``x @ weight[i] + bias[i]``."""
 
     def __init__(
         self,
@@ -53,11 +45,10 @@ class StackedLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        *,
-        dtype: torch.dtype | None = None,
+        dtype: Any = None,
     ):
         super().__init__()
-        self.members, self.in_features, self.out_features = members, in_features, out_features
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.zeros(members, in_features, out_features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(members, out_features, dtype=dtype)) if bias else None
 
@@ -66,7 +57,7 @@ class StackedLinear(nn.Module):
         if self.in_features * self.out_features <= SMALL_MAP and self.weight.stride(0) == 1:
             return self._small(input)
         if input.dim() == 2:
-            input = input.expand(self.members, *input.shape)
+            input = input.expand(len(self.weight), *input.shape)
         if self.bias is None:
             return torch.bmm(input, self.weight)
         return torch.baddbmm(self.bias[:, None], input, self.weight)
@@ -85,10 +76,8 @@ class StackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what the representation shows."""
-        return (
-            f"members={self.members}, in_features={self.in_features}, "
-            f"out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"members={len(self.weight)}, {sizes}, bias={self.bias is not None}"
 
 
 class Drawing(nn.Module):
@@ -139,34 +128,18 @@ class StackedRReLU(Drawing):
 class StackedModule(nn.Module):
     """Modules of any one kind, run side by side by ``torch.func.vmap``.
 
-    Args:
-        each: The members' modules.
-
-    Attributes:
-        module: A module with the members first in every parameter and buffer. It does not run by
-            itself.
+    ``module`` has the members first in every parameter and buffer; it does not run by itself.
     """
 
     def __init__(self, each: Sequence[nn.Module]):
         super().__init__()
         self.module = copy.deepcopy(each[0])
-        for owner, *sources in zip(
-            self.module.modules(), *(m.modules() for m in each), strict=True
-        ):
-            for store in ("_parameters", "_buffers"):
-                for name, value in getattr(owner, store).items():
-                    if value is not None:
-                        rows = torch.stack([getattr(s, store)[name].detach() for s in sources])
-                        kept = nn.Parameter(rows, value.requires_grad)
-                        getattr(owner, store)[name] = kept if store == "_parameters" else rows
+        rebuild_(self.module, each, torch.stack)
 
     def forward(
         self, input: Tensor, shared: bool = False, then: Callable[[Tensor], Any] = lambda out: out
     ) -> Any:
-        """Map (members, batch, ...), or (batch, ...) if ``shared``, to (members, batch, ...).
-
-        ``then`` is applied to each member's output.
-        """
+        """Map (members, batch, ...), or (batch, ...) if ``shared``, and apply ``then`` to each."""
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         call = torch.func.vmap(
             lambda one, x: then(torch.func.functional_call(self.module, one, (x,))),

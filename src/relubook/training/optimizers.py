@@ -13,14 +13,10 @@ from torch import Tensor
 from relubook.training.modules import StackedLinear
 from relubook.training.stack import Stack
 
-__all__ = ["Numbers", "make_optimizer", "optimizer_maker"]
-
 NAMED = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
-    if isinstance(kind, type)
-    and issubclass(kind, torch.optim.Optimizer)
-    and kind is not torch.optim.Optimizer
+    if isinstance(kind, type) and torch.optim.Optimizer in kind.__mro__[1:]
 }
 ELEMENTWISE = {
     NAMED[name]
@@ -29,17 +25,14 @@ ELEMENTWISE = {
         "rmsprop", "rprop",
     )
 }  # fmt: skip
-REFUSED = {
-    "LBFGS": "it calls the loss many times a step",
-    "SparseAdam": "gradients here are dense",
-}
+REFUSED = {"LBFGS": "it calls the loss many times a step", "SparseAdam": "gradients are dense"}
 
 
 class Numbers:
     """All trained parameters of a stack in one piece of memory, and their gradients in another.
 
-    One update then serves all layers. The stack's parameters are views of it while the context
-    lasts; where the stack says so, the members stand side by side in memory.
+    The stack's parameters are views of it while the context lasts; where the stack says so, the
+    members stand side by side in memory.
     """
 
     def __init__(self, stack: Stack):
@@ -52,6 +45,7 @@ class Numbers:
         self.values, self.gradient = (
             self.parameters[0].detach().new_zeros(sum(sizes)) for _ in range(2)
         )
+        self.gradients = []
         parts = (self.values.split(sizes), self.gradient.split(sizes))
         for parameter, *blocks in zip(self.parameters, *parts, strict=True):
             if stack.members_last:
@@ -59,8 +53,8 @@ class Numbers:
                 value, gradient = (block.view(shape).movedim(-1, 0) for block in blocks)
             else:
                 value, gradient = (block.view(parameter.shape) for block in blocks)
-            value.copy_(parameter.detach())
-            parameter.data, parameter.grad = value, gradient
+            parameter.data, parameter.grad = value.copy_(parameter.detach()), gradient
+            self.gradients.append(gradient)
 
     def groups(self, rates: list[float], elementwise: bool) -> list[dict[str, Any]]:
         """Return parameter groups of views, one for each run of equal rates.
@@ -75,9 +69,8 @@ class Numbers:
         cuts = [i for i in range(1, members) if not elementwise or rates[i] != rates[i - 1]]
         for start, stop in itertools.pairwise([0, *cuts, members]):
             views = []
-            for parameter in self.parameters:
-                assert parameter.grad is not None
-                view, gradient = parameter.data[start:stop], parameter.grad[start:stop]
+            for parameter, whole in zip(self.parameters, self.gradients, strict=True):
+                view, gradient = parameter.data[start:stop], whole[start:stop]
                 if not elementwise:
                     view, gradient = view[0], gradient[0]
                     if id(parameter) in self.turned:
@@ -91,24 +84,21 @@ class Numbers:
         """Return the norm of each member's gradient, shape (members,), in 32 bits at least."""
         exact = torch.promote_types(self.values.dtype, torch.float32)
         parts = [
-            torch.linalg.vector_norm(p.grad.reshape(self.members, -1), dim=1, dtype=exact)
-            for p in self.parameters
-            if p.grad is not None
+            torch.linalg.vector_norm(each.reshape(self.members, -1), dim=1, dtype=exact)
+            for each in self.gradients
         ]
         return torch.stack(parts).norm(dim=0)
 
     def clip(self, norms: Tensor, largest: float) -> None:
         """Scale down the gradients of members whose norm is larger."""
         factors = (largest / (norms + 1e-6)).clamp(max=1)
-        for parameter in self.parameters:
-            assert parameter.grad is not None
-            parameter.grad.mul_(factors.view(-1, *[1] * (parameter.dim() - 1)))
+        for each in self.gradients:
+            each.mul_(factors.view(-1, *[1] * (each.dim() - 1)))
 
     def finite(self) -> Tensor:
         """Return which members have finite parameters only, shape (members,)."""
-        return torch.stack(
-            [p.detach().isfinite().reshape(self.members, -1).all(1) for p in self.parameters]
-        ).all(0)
+        parts = [p.detach().isfinite().reshape(self.members, -1).all(1) for p in self.parameters]
+        return torch.stack(parts).all(0)
 
     def __enter__(self) -> "Numbers":
         return self
@@ -124,27 +114,16 @@ def optimizer_maker(
 ) -> tuple[Callable[..., torch.optim.Optimizer], bool]:
     """Return what makes an optimizer from parameter groups, and whether it acts on single numbers.
 
-    Args:
-        optimizer: A class of ``torch.optim``, its name in any case, or a function.
-        options: Its options.
-
-    Raises:
-        TypeError: If it is neither a name nor callable, returns no optimizer, or has no such
-            option.
-        ValueError: If the name is unknown, an option is wrong, or the optimizer fits no stack.
+    Raises TypeError or ValueError if it is unknown, fits no stack, or an option is wrong.
     """
     if isinstance(optimizer, str):
-        if optimizer.lower() not in NAMED:
-            close = difflib.get_close_matches(optimizer.lower(), list(NAMED), n=3, cutoff=0.4)
-            raise ValueError(
-                f"unknown optimizer {optimizer!r}; known: {', '.join(close or sorted(NAMED))}"
-            )
-        optimizer = NAMED[optimizer.lower()]
+        if (name := optimizer.lower()) not in NAMED:
+            close = difflib.get_close_matches(name, list(NAMED), n=3, cutoff=0.4)
+            known = ", ".join(close or sorted(NAMED))
+            raise ValueError(f"unknown optimizer {optimizer!r}; known: {known}")
+        optimizer = NAMED[name]
     if isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            "optimizer must be a class or a function, such as torch.optim.Adam, not an instance: "
-            "train() gives it the parameters of all members"
-        )
+        raise TypeError("optimizer must be a class or a function that makes one, not an instance")
     if not callable(optimizer):
         raise TypeError(f"optimizer must be a name, a class or a function, not {optimizer!r}")
     if isinstance(optimizer, type):

@@ -1,11 +1,8 @@
 """What a fully connected network is made of: one description for one network or for a thousand.
 
->>> import torch
 >>> recipe = Recipe(inputs=1, widths=2, outputs=1, hidden=9)
 >>> recipe.stack(range(1000))(torch.linspace(-1, 1, 5)[:, None]).shape
 torch.Size([1000, 5, 1])
->>> recipe.single(7).linear1
-Linear(in_features=1, out_features=2, bias=True)
 """
 
 import math
@@ -26,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NORMALIZATIONS", "RESIDUALS", "Recipe", "ResidualNetwork"]
 
+Seen = Callable[[Tensor, Tensor], None] | None  # is called with pre- and post-activations
+
 NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm1d,
     "layer": nn.LayerNorm,
@@ -41,27 +40,21 @@ class Recipe:
     """What a fully connected network is made of.
 
     A hidden layer is linear map, normalization, activation, dropout; a last linear map follows.
-    With a residual form the first hidden layer stays plain and the later ones are blocks, f being
-    the branch and ``relu`` standing for the activation of the recipe:
+    With a residual form the first hidden layer stays plain and the later ones are blocks:
 
-    - ``"relu(f)+x"``: the branch is a whole hidden layer, its input is added to the output;
-    - ``"relu(f+x)"``: the input is added in front of the activation;
-    - ``"pre-activation"``: normalization, activation and dropout come first and the linear map
-      last; the first layer is then a bare linear map, and one more activation stands before the
-      last linear map.
+    - ``"relu(f)+x"``: a block's input is added to the output of its whole hidden layer;
+    - ``"relu(f+x)"``: it is added in front of the activation;
+    - ``"pre-activation"``: the linear map of a block comes last; the first layer is then a bare
+      linear map, and one more activation stands before the last linear map.
 
     Attributes:
-        inputs: Number of input features.
         widths: Units of each hidden layer; one number for ``hidden`` equal layers.
-        outputs: Number of outputs.
         hidden: Number of hidden layers when ``widths`` is one number; 1 by default.
-        activation: A name, a class, a module (each layer gets a copy) or a function from tensor
-            to tensor of the same shape, which mixes units at most, in the last dimension; see
-            :func:`relubook.layers.activations.activation`. Parameters of a module are trained.
+        activation: What :func:`relubook.layers.activations.activation` takes; each layer gets a
+            copy, and parameters of a module are trained. May mix units in the last dimension.
         activation_options: Its parameters, such as ``{"negative_slope": 0.1}``.
-        initializer: A name or a function; see
-            :func:`relubook.layers.initializers.initializer`. By default what the registry has for
-            the activation, LeCun's normal draw for maxout and He's for what is not registered.
+        initializer: What :func:`relubook.layers.initializers.initializer` takes. By default what
+            the registry has for the activation, LeCun's normal draw for maxout, else He's.
         initializer_options: Its parameters, such as ``{"a": 0.1}``.
         bias: None for what the initializer does (0 but for ``"torch"`` and ``"rai"``), False for
             no biases, a number for that constant, a pair for draws from U(low, high).
@@ -70,9 +63,7 @@ class Recipe:
         residual: ``"none"`` or one of the forms above.
         dropout: Probability of dropping a hidden unit's output in training.
 
-    Raises:
-        ValueError: If something is unknown or does not fit; names it.
-        TypeError: If something has the wrong type, or no such parameter.
+    Raises ValueError or TypeError, and names what is unknown or does not fit.
     """
 
     inputs: int
@@ -106,11 +97,10 @@ class Recipe:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
         object.__setattr__(self, "_unit", activation(self.activation, **self.activation_options))
-        known = ["none", *NORMALIZATIONS]
-        if not callable(self.normalization) and self.normalization not in known:
-            raise ValueError(
-                f"unknown normalization {self.normalization!r}; known: {', '.join(known)}"
-            )
+        kinds = ["none", *NORMALIZATIONS]
+        if not callable(self.normalization) and self.normalization not in kinds:
+            known = ", ".join(kinds)
+            raise ValueError(f"unknown normalization {self.normalization!r}; known: {known}")
         if self.residual not in RESIDUALS:
             raise ValueError(f"unknown residual {self.residual!r}; known: {', '.join(RESIDUALS)}")
         if self.residual != "none" and len(set(widths)) > 1:
@@ -139,10 +129,9 @@ class Recipe:
                 x = module.eval()(x)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{name} does not fit the width {width}: {error}") from error
-        if x.shape != (2, width):
-            raise ValueError(
-                f"activation must return the shape that it gets, {(2, width)}, not {tuple(x.shape)}"
-            )
+        want, shape = (2, width), tuple(x.shape)
+        if shape != want:
+            raise ValueError(f"activation must return the shape that it gets, {want}, not {shape}")
 
     @property
     def pieces(self) -> int:
@@ -168,15 +157,10 @@ class Recipe:
         return sum(parameter.numel() for parameter in self.single(0).parameters())
 
     def single(self, seed: int, *, dtype: torch.dtype | None = None) -> nn.Module:
-        """Build the network of one seed as a plain module.
+        """Build the network of one seed as a plain module, without the global random state.
 
-        Args:
-            seed: Seed of all its draws. The global random state is not used.
-            dtype: Type of its parameters; torch's default type by default.
-
-        Returns:
-            An ``nn.Sequential`` of ``linear1, norm1, act1, dropout1, linear2, ...``, or a
-            :class:`ResidualNetwork` with the same names.
+        It has ``linear1, norm1, act1, dropout1, linear2, ...``: an ``nn.Sequential`` or a
+        :class:`ResidualNetwork`.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -186,34 +170,23 @@ class Recipe:
             return made
 
         modules = self.modules(linear, lambda module, layer: module)
+        network: nn.Module = ResidualNetwork(modules, self.residual)
         if self.residual == "none":
-            network: nn.Module = nn.Sequential(OrderedDict(modules))
-        else:
-            network = ResidualNetwork(modules, self.residual)
+            network = nn.Sequential(OrderedDict(modules))
         return network if dtype is None else network.to(dtype)
 
     def stack(
         self, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
     ) -> "RecipeStack":
-        """Build the networks of many seeds as one :class:`relubook.training.stack.RecipeStack`.
-
-        Member i equals ``single(seeds[i])``; a number m as ``seeds`` stands for ``range(m)``.
-        """
+        """Build the networks of seeds, or of ``range(seeds)``, as one; see :meth:`single`."""
         from relubook.training.stack import RecipeStack
 
         return RecipeStack(self, seeds, dtype=dtype)
 
     def modules(
-        self,
-        linear: Callable[[int, int], nn.Module],
-        turn: Callable[[nn.Module, int], nn.Module],
+        self, linear: Callable[[int, int], nn.Module], turn: Callable[[nn.Module, int], nn.Module]
     ) -> dict[str, nn.Module]:
-        """Build ``linear1, norm1, act1, dropout1, linear2, ...``.
-
-        Args:
-            linear: Builds a linear map of so many inputs and outputs.
-            turn: What becomes of the other modules, given with the number of their layer.
-        """
+        """Build ``linear1, norm1, act1, ...`` by ``linear(ins, outs)``, ``turn(other, layer)``."""
         made: dict[str, nn.Module] = {}
         for layer, (ins, outs) in enumerate(self.maps, 1):
             made[f"linear{layer}"] = linear(ins, outs)
@@ -223,7 +196,6 @@ class Recipe:
         return made
 
     def _after(self, features: int) -> dict[str, nn.Module]:
-        """Build what follows a linear map in a hidden layer."""
         made: dict[str, nn.Module] = {}
         if self.normalization != "none":
             kind = self.normalization
@@ -235,9 +207,12 @@ class Recipe:
 
     def draw_(self, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
         """Draw one linear map in place: weight of shape (out, in), bias (out,)."""
-        initialize_(
-            self._initializer, weight, bias, generator=generator, **self.initializer_options
-        )
+        kind = self.initializer
+        if kind is None:
+            entry = registered(self.activation)
+            kind = "he_normal" if entry is None else entry.initializer
+            kind = "lecun_normal" if self.pieces > 1 else kind
+        initialize_(kind, weight, bias, generator=generator, **self.initializer_options)
         if bias is not None and self.bias is not None:
             with torch.no_grad():
                 if isinstance(self.bias, tuple):
@@ -245,23 +220,9 @@ class Recipe:
                 else:
                     bias.fill_(self.bias)
 
-    @property
-    def _initializer(self) -> Any:
-        if self.initializer is not None:
-            return self.initializer
-        if self.pieces > 1:
-            return "lecun_normal"
-        entry = registered(self.activation)
-        return "he_normal" if entry is None else entry.initializer
-
 
 class ResidualNetwork(nn.Module):
-    """A plain network with skip connections; see :class:`Recipe` for the forms.
-
-    Args:
-        modules: ``linear1, norm1, act1, dropout1, linear2, ...`` by name.
-        residual: One of :data:`RESIDUALS`.
-    """
+    """A plain network with skip connections; see :class:`Recipe` for the forms."""
 
     def __init__(self, modules: Mapping[str, nn.Module], residual: str):
         super().__init__()
@@ -274,16 +235,8 @@ class ResidualNetwork(nn.Module):
         return wire(self, self.residual, input)
 
 
-def wire(
-    network: nn.Module,
-    residual: str,
-    x: Tensor,
-    seen: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """Run ``linear1, norm1, act1, dropout1, linear2, ...`` of a network in a residual form.
-
-    ``seen`` is called with pre-activations and outputs of each activation.
-    """
+def wire(network: nn.Module, residual: str, x: Tensor, seen: Seen = None) -> Tensor:
+    """Run ``linear1, norm1, act1, ...`` of a network; ``seen(pre, post)`` sees each activation."""
     made = network._modules
     hidden = sum(name.startswith("act") for name in made)
 
@@ -297,8 +250,7 @@ def wire(
             seen(z, h)
         return apply("dropout", layer, h)
 
-    x = apply("linear", 1, x)
-    h = x
+    x = h = apply("linear", 1, x)
     for layer in range(1, hidden + 1):
         f = apply("norm", layer, x)
         if residual == "pre-activation":

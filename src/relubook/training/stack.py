@@ -1,10 +1,7 @@
 """Many networks as one module: members side by side, each with numbers of its own.
 
-:meth:`relubook.training.recipe.Recipe.stack` builds fully connected ones; :func:`stack_of` stacks
-any module. Every stack maps inputs (batch, ...) to outputs (members, batch, ...), shows its hidden
-layers, and gives single members back:
+:meth:`relubook.training.recipe.Recipe.stack` builds fully connected ones, :func:`stack_of` others.
 
->>> from torch import nn
 >>> stack = stack_of(lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), seeds=5)
 >>> [tuple(post.shape) for pre, post in stack.hidden(torch.randn(4, 3))]
 [(5, 4, 8)]
@@ -14,6 +11,7 @@ Linear(in_features=3, out_features=8, bias=True)
 
 import contextlib
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -27,25 +25,23 @@ from relubook.training.modules import (
     StackedLinear,
     StackedModule,
     StackedRReLU,
+    rebuild_,
     stream,
 )
-from relubook.training.recipe import Recipe, wire
+from relubook.training.recipe import Recipe, Seen, wire
 
 __all__ = ["RecipeStack", "Stack", "batch_order", "member_seeds", "stack_of"]
 
 
 def member_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
-    """Return the members' seeds; a number m stands for ``range(m)``.
-
-    Raises TypeError if a seed is no integer, ValueError if there is none.
-    """
+    """Return the members' seeds, one at least; a number m stands for ``range(m)``."""
     if isinstance(seeds, bool) or not isinstance(seeds, int | Iterable):
         raise TypeError(f"seeds must be a number or integers, not {seeds!r}")
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    for place, seed in enumerate(chosen):
+    chosen = []
+    for seed in range(seeds) if isinstance(seeds, int) else seeds:
         try:
-            chosen[place] = seed.__index__()
-        except (AttributeError, TypeError):
+            chosen.append(operator.index(seed))
+        except TypeError:
             raise TypeError(f"every seed must be an integer, not {seed!r}") from None
     if not chosen:
         raise ValueError("seeds must name at least one member, not 0")
@@ -56,16 +52,7 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
     """Return the batches that :func:`relubook.training.train.train` gives the member of a seed.
 
     Every epoch is a fresh permutation of the n examples, cut into whole batches; what is left
-    over at its end is dropped.
-
-    Args:
-        seed: The member's seed.
-        n: Number of examples.
-        batch_size: Examples a step, at most n.
-        steps: Number of steps.
-
-    Returns:
-        Indices of the examples, shape (steps, batch_size).
+    over at its end is dropped. Returns indices of the examples, shape (steps, batch_size).
     """
     batches = batches_of([seed], n, batch_size)
     rows = [next(batches)[0] for _ in range(steps)]
@@ -73,10 +60,7 @@ def batch_order(seed: int, n: int, batch_size: int, steps: int) -> Tensor:
 
 
 def batches_of(seeds: Sequence[int], n: int, batch_size: int) -> Iterator[Tensor]:
-    """Yield the batches of :func:`batch_order` for ever, those of all seeds at once.
-
-    Each has the shape (seeds, batch_size), and the seeds side by side in memory.
-    """
+    """Yield batches for ever, each (seeds, batch_size), with the seeds side by side in memory."""
     generators = [torch.Generator().manual_seed(stream(seed, "batches")) for seed in seeds]
     while True:
         epoch = torch.stack([torch.randperm(n, generator=g) for g in generators], 1)
@@ -97,17 +81,13 @@ def kept_modes(network: nn.Module) -> Iterator[None]:
 class Stack(nn.Module):
     """Many networks as one module; the base of :class:`RecipeStack` and :func:`stack_of`.
 
-    Every parameter and buffer that differs between members has the members first.
-
-    Args:
-        seeds: The members' seeds; a number m stands for ``range(m)``.
-
-    Attributes:
-        seeds: The members' seeds, a tuple.
-        members_last: Whether training lays the members side by side in memory.
+    Parameters and buffers have the members first. ``seeds`` are the members' seeds.
     """
 
     members_last = False
+    """Whether training lays the members side by side in memory."""
+    dims = 2
+    """Dimensions of one network's batch; 0 where inputs are always shared."""
 
     def __init__(self, seeds: int | Iterable[int]):
         super().__init__()
@@ -116,16 +96,15 @@ class Stack(nn.Module):
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    def run(self, input: Tensor, seen: Seen = None) -> Tensor:
         """Run all members; ``seen(pre, post)`` is called at each activation."""
         raise NotImplementedError
 
     def owns(self, input: Tensor) -> bool:
         """Whether an input's first dimension is that of the members."""
-        raise NotImplementedError
+        return bool(self.dims) and input.dim() > self.dims
 
     def _single(self) -> nn.Module:
-        """Build a plain network whose state has the order of the stack's."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -133,19 +112,13 @@ class Stack(nn.Module):
         return self.run(input)
 
     def hidden(self, input: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return pre- and post-activations of every activation, in the order of the pass.
-
-        Each has the shape (members, batch, ...) and its graph.
-        """
+        """Return (pre, post) of every activation in order, each (members, batch, ...)."""
         pairs: list[tuple[Tensor, Tensor]] = []
         self.run(input, lambda pre, post: pairs.append((pre, post)))
         return pairs
 
     def member(self, index: int) -> nn.Module:
-        """Copy one member out as a plain module, in the mode (training or not) of the stack.
-
-        Raises IndexError if there is no such member; -1 is the last.
-        """
+        """Copy one member (-1: the last) out as a plain module, in the mode of the stack."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no member {index}; the stack has {len(self)}")
         network = self._single()
@@ -163,9 +136,8 @@ class Stack(nn.Module):
         parts = []
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
-                value = parameter.detach()
-                if isinstance(module, StackedLinear) and value.dim() == 3:
-                    value = value.mT
+                turned = isinstance(module, StackedLinear) and parameter.dim() == 3
+                value = parameter.detach().mT if turned else parameter.detach()
                 parts.append(value.reshape(len(self), -1))
         return torch.cat(parts, 1) if parts else torch.empty(len(self), 0)
 
@@ -187,20 +159,11 @@ class Stack(nn.Module):
 
     def _hold(self, stacks: "Sequence[Stack]", cut: slice) -> "Stack":
         self.seeds = tuple(seed for one in stacks for seed in one.seeds)[cut]
+        rebuild_(self, stacks, lambda parts: torch.cat(parts)[cut].clone())
         for module, *sources in zip(self.modules(), *(s.modules() for s in stacks), strict=True):
-            for kind in ("_parameters", "_buffers"):
-                store = getattr(module, kind)
-                for name, value in store.items():
-                    if value is not None:
-                        parts = [getattr(source, kind)[name].detach() for source in sources]
-                        new = torch.cat(parts)[cut].clone()
-                        trained = isinstance(value, nn.Parameter)
-                        store[name] = nn.Parameter(new, value.requires_grad) if trained else new
             if isinstance(module, Drawing):
                 every = [generator for source in sources for generator in source.generators]
                 module.generators = [generator.clone_state() for generator in every[cut]]
-            if isinstance(module, StackedLinear):
-                module.members = len(self)
         return self
 
     def extra_repr(self) -> str:
@@ -209,13 +172,7 @@ class Stack(nn.Module):
 
 
 class RecipeStack(Stack):
-    """Many networks of one recipe; build it with ``recipe.stack(seeds)``.
-
-    Modules carry the names of the plain network: ``linear1, norm1, act1, dropout1, linear2, ...``.
-
-    Attributes:
-        recipe: What each member is made of.
-    """
+    """Many networks of one recipe; modules are named as in ``recipe.single(seed)``."""
 
     def __init__(
         self, recipe: Recipe, seeds: int | Iterable[int], *, dtype: torch.dtype | None = None
@@ -247,57 +204,41 @@ class RecipeStack(Stack):
             self.add_module(name, module)
         self.members_last = max(ins * outs for ins, outs in recipe.maps) <= SMALL_MAP
 
-    def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    def run(self, input: Tensor, seen: Seen = None) -> Tensor:
         """Run all members on (batch, inputs) or (members, batch, inputs)."""
-        size = self.recipe.inputs
-        if (
-            input.dim() not in (2, 3)
-            or input.shape[-1] != size
-            or (input.dim() == 3 and len(input) != len(self))
-        ):
-            raise ValueError(
-                f"the input must have the shape (batch, {size}) or ({len(self)}, batch, {size}), "
-                f"not {tuple(input.shape)}"
-            )
+        size, shape = self.recipe.inputs, tuple(input.shape)
+        if shape[-1:] != (size,) or shape[:-2] not in ((), (len(self),)) or len(shape) < 2:
+            shapes = f"(batch, {size}) or ({len(self)}, batch, {size})"
+            raise ValueError(f"the input must have the shape {shapes}, not {shape}")
         if not input.is_floating_point():
             raise TypeError(f"the input must be floating point, not {input.dtype}")
         return wire(self, self.recipe.residual, input, seen)
-
-    def owns(self, input: Tensor) -> bool:
-        """Whether an input's first dimension is that of the members."""
-        return input.dim() == 3
 
     def _single(self) -> nn.Module:
         return self.recipe.single(0)
 
 
 class _AnyStack(Stack):
-    """Any module, stacked; see :func:`stack_of`."""
-
     def __init__(self, members: Sequence[nn.Module], seeds: Sequence[int], dims: int | None):
         super().__init__(seeds)
         self.body = StackedModule(members)
         self.dims = _input_dims(members[0]) if dims is None else dims
 
-    def run(self, input: Tensor, seen: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    def run(self, input: Tensor, seen: Seen = None) -> Tensor:
         own = self.owns(input)
         if own and len(input) != len(self):
-            raise ValueError(
-                f"inputs of each member's own must have the shape ({len(self)}, batch, ...), "
-                f"not {tuple(input.shape)}"
-            )
+            shape = f"({len(self)}, batch, ...), not {tuple(input.shape)}"
+            raise ValueError(f"inputs of each member's own must have the shape {shape}")
         units = [m for m in self.body.module.modules() if isinstance(m, MODULES)]
         if seen is None or not units:
             return self.body(input, not own)
         pairs: list[Tensor] = []  # pre- and post-activations in turn
-        hooks = [
-            hook
-            for unit in units
-            for hook in (
+        hooks = []
+        for unit in units:
+            hooks += [
                 unit.register_forward_pre_hook(lambda _, args: pairs.append(args[0].clone())),
                 unit.register_forward_hook(lambda _, args, out: pairs.append(out.clone())),
-            )
-        ]
+            ]
 
         def found(out: Tensor) -> tuple[Tensor, list[Tensor]]:
             kept = list(pairs)
@@ -313,20 +254,10 @@ class _AnyStack(Stack):
             seen(pre, post)
         return out
 
-    def owns(self, input: Tensor) -> bool:
-        """Whether an input's first dimension is that of the members."""
-        return bool(self.dims) and input.dim() > self.dims
-
     def _single(self) -> nn.Module:
         network = copy.deepcopy(self.body.module)
-        for module in network.modules():
-            for store in (module._parameters, module._buffers):
-                for name, value in store.items():
-                    if value is not None:
-                        one = value.detach()[0].clone()
-                        kind = isinstance(value, nn.Parameter)
-                        store[name] = nn.Parameter(one) if kind else one  # type: ignore[assignment]
-        return network
+        rebuild_(network, [network], lambda rows: rows[0][0].clone())
+        return network.requires_grad_()
 
 
 def _input_dims(module: nn.Module) -> int:
@@ -349,18 +280,15 @@ def stack_of(
             member's seed in turn and left as it was.
         seeds: The members' seeds; a number m stands for ``range(m)``.
         dims: Dimensions of one network's batch, by which inputs of each member's own are told
-            from shared ones; by default as the first convolution or linear map has it (4 for
-            images, 2 for vectors), and without one all inputs are shared.
+            from shared ones. By default 2, or those of the first convolution; without either all
+            inputs are shared.
 
     Returns:
-        The stack. Its parameters have the members first; ``hidden`` sees activation modules of
-        ``relubook.layers.activations.MODULES``, not functions called in ``forward``. Draws in
-        training (dropout) come from torch's global generator.
+        The stack. ``hidden`` sees activation modules of ``relubook.layers.activations.MODULES``,
+        not functions called in ``forward``. Dropout draws from torch's global generator.
 
-    Raises:
-        TypeError: If ``build`` returns no module.
-        ValueError: If there is no member, members differ in shape, or a parameter is shared
-            within a network.
+    Raises TypeError if ``build`` returns no module, ValueError if members differ in shape or a
+    parameter is shared within a network.
     """
     chosen, members = member_seeds(seeds), []
     with torch.random.fork_rng():
@@ -372,8 +300,7 @@ def stack_of(
     shapes = [[(k, v.shape) for k, v in member.state_dict().items()] for member in members]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError("all members must have parameters of the same shapes")
-    if len([*members[0].named_parameters(remove_duplicate=False)]) > len(
-        [*members[0].parameters()]
-    ):
+    every = [*members[0].named_parameters(remove_duplicate=False)]
+    if len(every) > len([*members[0].parameters()]):
         raise ValueError("no parameter may be shared between modules of a network")
     return _AnyStack(members, chosen, dims)

@@ -1,18 +1,14 @@
 """Train many networks at once with any optimizer of torch, each member as if it were alone.
 
->>> import torch
 >>> from relubook.training.recipe import Recipe
 >>> x = torch.linspace(-1, 1, 64)[:, None]
 >>> stack = Recipe(1, 2, 1, hidden=9).stack(50)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.01)
->>> run.loss.shape == (len(run.steps), 50)
-True
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.001, optimizer=torch.optim.SGD)  # goes on
 
-The members' losses are added up, so that a member's gradient is what it would be alone, and
-elementwise optimizers act on all members' numbers as they do on one's. ``jobs=`` trains ranges of
-members apart, by joblib, and puts them together; inside ``joblib.parallel_config(backend="dask")``
-or ``"ray"`` the same call runs on a cluster.
+The members' losses are added up, so that a member's gradient is what it would be alone. ``jobs=``
+trains ranges of members apart, by joblib; inside ``joblib.parallel_config(backend="dask")`` or
+``"ray"`` the same call runs on a cluster.
 """
 
 import contextlib
@@ -32,7 +28,6 @@ from torch import Tensor, nn
 
 from relubook._optional import require
 from relubook.training.data import MemberData
-from relubook.training.losses import classifies
 from relubook.training.optimizers import Numbers, make_optimizer, optimizer_maker
 from relubook.training.run import TrainingRun, concatenate, crossed, seed_ranges
 from relubook.training.stack import Stack, kept_modes
@@ -71,44 +66,36 @@ def train(
         steps: Number of optimizer steps.
         lr: One learning rate, or one a member; see :func:`crossed` for a grid.
         optimizer: A class of ``torch.optim`` or its name, or a function that makes one from
-            parameter groups. A fresh one is made on each call. Those that mix the numbers of a
-            tensor (Adafactor, Muon, your own) get the members one by one.
+            parameter groups; a fresh one on each call. Those that mix the numbers of a tensor
+            (Adafactor, Muon, your own) get the members one by one.
         loss: A loss of torch (``F.huber_loss``, ``nn.L1Loss()``, ``"mse_loss"``) or any function
             of one network's outputs and targets that returns their mean loss. By default
             cross-entropy for integer y, else the mean squared error.
-        batch_size: Examples a step; all of them (full batch) by default. See
+        batch_size: Examples a step, all of them by default; see
             :func:`relubook.training.stack.batch_order`.
-        batch_seed: Seed of one batch order that all members share; by default every member has
-            its own from its seed.
+        batch_seed: Seed of one batch order for all members; by default each has its own.
         scheduler: Makes a scheduler of ``torch.optim.lr_scheduler`` from the optimizer, such as
             ``functools.partial(CosineAnnealingLR, T_max=steps)``; it steps after every step.
-        clip: Largest norm of a member's gradient; a longer one is scaled down as by
-            ``torch.nn.utils.clip_grad_norm_``, member by member.
-        record: Measure every so many steps, or at these steps; at 11 steps from first to last by
-            default. The first and the last step are always measured.
+        clip: Largest norm of a member's gradient, as ``torch.nn.utils.clip_grad_norm_`` has it.
+        record: Measure every so many steps, or at these; by default at 11. The first and the last
+            step are always measured.
         validation: Inputs and labels or targets of a validation set.
-        each_step: ``each_step(step, stack, optimizer)`` is called after every step, counted from
-            1, in evaluation mode and without gradients; it may change parameters in place, and
-            ends the run by returning ``False``.
+        each_step: ``each_step(step, stack, optimizer)`` is called after every step (1, 2, ...),
+            in evaluation mode and without gradients; it may change parameters in place, and ends
+            the run by returning ``False``.
         jobs: Ranges of members to train apart by joblib; not with ``each_step``.
         progress: Whether to show a bar. By default when the standard error is a terminal, or as
             the environment variable ``RELUBOOK_PROGRESS`` says (0 or 1).
         **options: Options of the optimizer, such as ``momentum=0.9, nesterov=True``.
 
     Returns:
-        What was measured, with the stack as ``network``. Ctrl-C ends the run early and returns
-        what there is.
+        What was measured, with the stack as ``network``; after Ctrl-C what there is.
 
-    Raises:
-        TypeError: If an argument has the wrong type, or the optimizer no such option.
-        ValueError: If an argument is unknown, not finite or does not fit; names it. Nothing has
-            been changed then.
+    Raises TypeError or ValueError, and changes nothing, if an argument is wrong.
     """
     if not isinstance(stack, Stack):
-        raise TypeError(
-            "stack must come from recipe.stack(seeds) or stack_of(build, seeds), "
-            f"not {type(stack).__name__}"
-        )
+        kind = type(stack).__name__
+        raise TypeError(f"stack must come from recipe.stack(seeds) or stack_of(), not {kind}")
     members = len(stack)
     data = MemberData(stack, x, y, loss)
     check = None
@@ -126,9 +113,9 @@ def train(
         raise ValueError("batch_size must be at least 2 for batch normalization, not 1")
     if clip is not None and not (isinstance(clip, int | float) and 0 < clip < math.inf):
         raise ValueError(f"clip must be a positive finite number, not {clip!r}")
-    for name, function in (("each_step", each_step), ("scheduler", scheduler)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, not {function!r}")
+    for name, given in (("each_step", each_step), ("scheduler", scheduler)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name} must be a function, not {given!r}")
     marks = _marks(record, steps)
     make, elementwise = optimizer_maker(optimizer, options)
     if jobs > 1 and members > 1:
@@ -150,7 +137,7 @@ def train(
             raise ValueError("scheduler must go by the step, but ReduceLROnPlateau goes by a loss")
         if schedule is not None and not hasattr(schedule, "step"):
             raise TypeError(f"scheduler must make a torch.optim.lr_scheduler, not {schedule!r}")
-        trainer = _Trainer(stack, numbers, data, check)
+        trainer = _Trainer(stack, numbers, data, check, bar)
         batches = data.batches(stack.seeds, batch_size, batch_seed)
         trainer.measure(0)
         for step in range(1, steps + 1):
@@ -170,8 +157,6 @@ def train(
                     ended = each_step(step, stack.eval(), made) is False
             if step in marks:
                 trainer.measure(step)
-                if bar is not None:
-                    bar.set_postfix_str(trainer.state(), refresh=False)
         if trainer.steps[-1] != done:
             trainer.measure(done)
     interrupted = done < steps and not ended
@@ -196,9 +181,8 @@ def _rates(lr: Any, members: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"lr must be a number or one number a member, not {lr!r}") from None
     if rates.dim() > 1 or (rates.dim() == 1 and len(rates) != members):
-        raise ValueError(
-            f"lr must be one number or one a member ({members}), not of shape {tuple(rates.shape)}"
-        )
+        shape = tuple(rates.shape)
+        raise ValueError(f"lr must be one number or one a member ({members}), not of shape {shape}")
     rates = rates.expand(members).clone()
     if not (fine := rates.isfinite() & (rates >= 0)).all():
         wrong = int((~fine).nonzero()[0])
@@ -221,8 +205,9 @@ def _marks(record: int | Iterable[int] | None, steps: int) -> set[int]:
 class _Trainer:
     """What changes while a stack is trained, and what is measured on the way."""
 
-    def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: MemberData | None):
+    def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: Any, bar: Any):
         self.stack, self.numbers, self.data, self.check = stack, numbers, data, check
+        self.bar = bar
         members, like = len(stack), numbers.values
         exact = torch.promote_types(like.dtype, torch.float32)
         self.unknown = torch.full((members,), math.nan, dtype=exact, device=like.device)
@@ -230,7 +215,7 @@ class _Trainer:
         self.diverged = torch.full((members,), -1, dtype=torch.int64, device=like.device)
         self.died: list[Tensor] = []
         self.steps: list[int] = []
-        self.kept: list[tuple[Tensor, ...]] = []
+        self.kept: list[dict[str, Tensor]] = []
 
     def backward(self, batch: tuple[Tensor, Tensor], measured: bool, clip: float | None) -> None:
         """Compute the gradient of every member's loss, and clip it."""
@@ -258,70 +243,53 @@ class _Trainer:
         shares = [(~fire).to(loss.dtype).mean(1) for fire in fires]
         dead = torch.stack(shares, 1) if shares else loss.new_zeros(len(loss), 0)
         dead[overflowed] = math.nan
-        accuracy = torch.where(loss.isnan(), loss, accuracy)
-        self.kept.append((loss, accuracy, *other, dead, self.norms.clone()))
+        measured = {
+            "loss": loss,
+            "accuracy": torch.where(loss.isnan(), loss, accuracy),
+            "validation_loss": other[0],
+            "validation_accuracy": other[1],
+            "dead": dead,
+            "gradient_norm": self.norms.clone(),
+        }
+        self.kept.append(measured)
         self.steps.append(step)
+        if self.bar is not None:
+            state = f"loss={loss.nanmean():.3g}, dead={100 * dead.nanmean():.1f}%"
+            self.bar.set_postfix_str(state, refresh=False)
 
     def _evaluate(self, data: MemberData, watch: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return loss, accuracy and whether each unit outputs anything but 0."""
         fires: list[Tensor] = []
-        place = 0
+        now: list[Tensor] = []
 
         def seen(pre: Tensor, post: Tensor) -> None:
-            nonlocal place
             others = [dim for dim in range(1, post.dim()) if dim != min(2, post.dim() - 1)]
-            fire = (post != 0).any(others) if others else post != 0
-            if place == len(fires):
-                fires.append(fire)
-            else:
-                fires[place] |= fire
-            place += 1
+            now.append((post != 0).any(others) if others else post != 0)
 
         loss, hits = self.unknown.new_zeros(2, len(self.unknown))
         for start in range(0, data.n, ROWS):
             x, y = data.rows(slice(start, start + ROWS))
-            place, size = 0, y.shape[1]
+            now.clear()
             out = self.stack.run(x, seen if watch else None)
-            loss += data.each(out, y) * (size / data.n)
-            if classifies(out, y):
+            fires = [a | b for a, b in zip(fires, now, strict=True)] if fires else [*now]
+            loss += data.each(out, y) * (y.shape[1] / data.n)
+            if not y.is_floating_point() and out.shape[:-1] == y.shape:  # labels
                 hits += (out.argmax(-1) == y).sum(1) / data.n
             else:
                 hits = self.unknown
         return loss, hits, fires
 
-    def state(self) -> str:
-        """Return loss and dead units for the bar."""
-        loss, dead = self.kept[-1][0], self.kept[-1][4]
-        return f"loss={loss.nanmean():.3g}, dead={100 * dead.nanmean():.1f}%"
-
     def run(self, rates: Tensor, interrupted: bool) -> TrainingRun:
         """Return what was measured."""
-        values = [torch.stack(each).cpu() for each in zip(*self.kept, strict=True)]
-        loss, accuracy, held_loss, held_accuracy, dead, norms = values
-        return TrainingRun(
-            network=self.stack,
-            seeds=self.stack.seeds,
-            lr=rates,
-            steps=tuple(self.steps),
-            loss=loss,
-            accuracy=accuracy,
-            validation_loss=held_loss,
-            validation_accuracy=held_accuracy,
-            dead=dead,
-            died=[since.cpu() for since in self.died],
-            gradient_norm=norms,
-            diverged=self.diverged.cpu(),
-            interrupted=interrupted,
-        )
+        names, seeds = self.kept[0], self.stack.seeds
+        kept: Any = {name: torch.stack([at[name] for at in self.kept]).cpu() for name in names}
+        since = [since.cpu() for since in self.died]
+        kept |= {"died": since, "diverged": self.diverged.cpu(), "interrupted": interrupted}
+        return TrainingRun(self.stack, seeds, rates, tuple(self.steps), **kept)
 
 
 def _train_apart(
-    stack: Stack,
-    data: MemberData,
-    check: MemberData | None,
-    rates: Tensor,
-    jobs: int,
-    **settings: Any,
+    stack: Stack, data: MemberData, check: Any, rates: Tensor, jobs: int, **settings: Any
 ) -> TrainingRun:
     """Train ranges of members by joblib and put the results into the stack."""
     joblib = require("joblib", "training on several processes")
@@ -350,11 +318,9 @@ def _train_part(stack: Stack, x: Tensor, y: Tensor, settings: dict[str, Any]) ->
 def _interruptible() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into a flag, so that no step is left half done."""
     stop = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-        # Someone else's handling of Ctrl-C stays in force.
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    main = threading.current_thread() is threading.main_thread()
+    # Someone else's handling of Ctrl-C stays in force.
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield stop
         return
 
@@ -369,17 +335,13 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@contextlib.contextmanager
-def _bar(progress: bool | None, members: int, steps: int) -> Iterator[Any]:
+def _bar(progress: bool | None, members: int, steps: int) -> Any:
     if progress is None:
         chosen = os.environ.get("RELUBOOK_PROGRESS", "")
         if chosen not in ("", "0", "1"):
             raise ValueError(f"RELUBOOK_PROGRESS must be 0 or 1, not {chosen!r}")
         progress = sys.stderr.isatty() if chosen == "" else chosen == "1"
     if not progress:
-        yield None
-        return
-    tqdm = require("tqdm", "the progress bar").tqdm
-    title = f"{members} members x {steps} steps"
-    with tqdm(total=members * steps, desc=title, unit="step", unit_scale=True) as bar:
-        yield bar
+        return contextlib.nullcontext()
+    tqdm, title = require("tqdm", "the progress bar").tqdm, f"{members} members x {steps} steps"
+    return tqdm(total=members * steps, desc=title, unit="step", unit_scale=True)
