@@ -17,7 +17,8 @@ SOURCES = {
     "a": (
         '"""A."""\n\nimport math\n\nfrom pack.b import Base, beta\n\n'
         "FACTOR = 2  # two\n'''What to multiply by.'''\nUNUSED = 3\n\n\n"
-        'def alpha(x, target=None):\n    """Double."""\n    x = target or x\n    return beta(x) * FACTOR + math.pi\n\n\n'
+        'def alpha(x, target=None):\n    """Double."""\n    x = target or x\n'
+        "    return beta(x) * FACTOR + math.pi\n\n\n"
         "def target():\n    return 'a namesake of a parameter'\n\n\n"
         "class Child(Base):\n    size: int = 1\n    '''Its size.'''\n"
     ),
