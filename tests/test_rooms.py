@@ -20,8 +20,6 @@ ROOMS = {
 CORE = ("layers", "units", "training")
 LINES = 8_500
 LINES_OF_A_FILE = 500
-# They dissolve into the chapters' cells when these are rewritten.
-LARGER = {"chapters/deaths.py": 700}
 TOLERATED = {("chapters/corners.py", "relubook.chapters.theory")}
 
 
@@ -114,9 +112,7 @@ def test_what_is_tolerated_is_still_there():
 
 def test_budget():
     lines = {file: len((PACKAGE / file).read_text("utf-8").splitlines()) for file in FILES}
-    over = {f: n for f, n in lines.items() if n > LARGER.get(f, LINES_OF_A_FILE)}
+    over = {file: count for file, count in lines.items() if count > LINES_OF_A_FILE}
     assert not over, f"files must have at most {LINES_OF_A_FILE} lines: {over}"
-    settled = [file for file in LARGER if lines.get(file, 0) <= LINES_OF_A_FILE]
-    assert not settled, f"no exception is needed any more for {', '.join(settled)}"
     total = sum(lines.values())
     assert total <= LINES, f"the package must have at most {LINES} lines, not {total}"

@@ -123,6 +123,7 @@ def test_core_asks_for_torch_alone_with_a_loose_bound():
     assert PROJECT["dependencies"] == ["torch>=2.2"]
 
 
+@pytest.mark.slow
 def test_core_imports_without_the_extras():
     """Neither figures nor tables are imported before somebody asks for one."""
     code = (

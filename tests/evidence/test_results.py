@@ -97,6 +97,7 @@ def threads(seeds, *, a):
     return {"threads": [torch.get_num_threads()] * len(seeds), "worker": [os.getpid()] * 2}
 
 
+@pytest.mark.slow
 def test_workers_compute_in_parallel_on_one_thread_each(monkeypatch, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -286,6 +287,7 @@ def test_one_network_agrees_with_what_is_stored():
     assert_agrees(load("one-network"), live, rounding=0.001)
 
 
+@pytest.mark.slow
 def test_command_line_knows_the_registry():
     run = subprocess.run(
         [sys.executable, "-m", "relubook", "results", "--list"],

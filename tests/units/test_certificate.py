@@ -81,7 +81,10 @@ def build(kind, generator):
     return model.eval(), shape
 
 
-@pytest.mark.parametrize("kind", ["mlp", "leaky", "conv1d", "conv2d"])
+@pytest.mark.parametrize(
+    "kind",
+    ["mlp", "leaky", *(pytest.param(k, marks=pytest.mark.slow) for k in ("conv1d", "conv2d"))],
+)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),

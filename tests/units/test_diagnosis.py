@@ -449,6 +449,7 @@ def test_packed_sequences_count_each_sequence_once():
     assert site.fired_inputs.tolist() == (output > 0).any(0).sum(0).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models_and_parts(backend):
     model = Functional()

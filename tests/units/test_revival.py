@@ -937,6 +937,7 @@ def test_a_scripted_model_raises():
         revive_(torch.jit.script(model), report)
 
 
+@pytest.mark.slow
 def test_a_compiled_wrapper_is_looked_through():
     model, x = mlp(), randn(64, 4)
     kill(model.one, [0])

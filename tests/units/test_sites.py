@@ -307,6 +307,7 @@ def test_sites_by_place():
         report[2]
 
 
+@pytest.mark.slow
 def test_the_first_call_does_not_load_the_compiler():
     code = (
         "import sys, torch; from torch import nn; from relubook import diagnose;"

@@ -494,6 +494,7 @@ def test_autocast_and_double():
         assert len(watch.compute()) == 3
 
 
+@pytest.mark.slow
 @sum_is_left_out
 @torchs_own
 @pytest.mark.parametrize(
@@ -501,7 +502,7 @@ def test_autocast_and_double():
     [
         ("eager", "called first"),
         *(
-            pytest.param(backend, order, marks=pytest.mark.slow)
+            (backend, order)
             for backend in ("eager", "aot_eager")
             for order in ("attached first", "compiled first", "in place")
         ),
@@ -667,6 +668,7 @@ def test_a_copy_of_a_watched_model_is_not_watched(tmp_path):
     assert other.step == 1
 
 
+@pytest.mark.slow
 @torchs_own
 @pytest.mark.parametrize("known", ["wrapper", "architecture", "step"])
 def test_code_that_was_compiled_before(known):

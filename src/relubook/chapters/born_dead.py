@@ -1,13 +1,7 @@
 """Dead before the first step: how likely a random network is born constant, and what comes of it.
 
 A network of depth L has L - 1 ReLU layers and one linear map behind them. It is *born dead* on a
-set of inputs when one of its layers is silent on all of them at initialization: it is then a
-constant there. Without biases, one input feature and symmetric weights the set that counts is any
-that holds a positive and a negative number: on each of the two half-lines the network is a multiple
-of the input.
-
->>> round(upper_bound(2, 10), 3), round(lower_bound(2, 10), 3)
-(0.925, 0.87)
+set of inputs when one of its layers is silent on all of them at initialization.
 """
 
 import math
@@ -35,52 +29,22 @@ __all__ = [
     "width_needed",
 ]
 
+# Of the stored table; a seed stands for a block of networks.
 WIDTHS = tuple(range(2, 11))
-"""Widths of the stored table."""
-
 DEPTHS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 50)
-"""Depths of the stored table."""
-
 BLOCK = 1000
-"""Networks behind one seed of the stored table."""
 
 
 def upper_bound(width: int, depth: int) -> float:
-    """Return the probability that one given input is silenced: a bound on being born dead.
+    """Return 1 - (1 - 2^-N)^(L - 1) for width N and depth L: an input is silenced, exactly.
 
-    For one input other than 0 (one ray, if there are no biases) it is the exact probability,
-    whatever the number of input features.
-
-    Args:
-        width: Units of each hidden layer, N.
-        depth: Number of linear maps, L: there are L - 1 ReLU layers.
-
-    Returns:
-        ``1 - (1 - 2^-N)^(L - 1)``.
-
-    Source:
-        Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
+    A bound on being born dead (Lu et al. 2019, https://arxiv.org/abs/1903.06733).
     """
     return -math.expm1((depth - 1) * math.log1p(-(2.0**-width)))
 
 
 def lower_bound(width: int, depth: int) -> float:
-    """Return a lower bound of the probability of being born dead: one input feature, no biases.
-
-    Exact for depths 2 and 3, and for width 1. It holds for weights that are independent, symmetric
-    and continuous.
-
-    Args:
-        width: Units of each hidden layer, N.
-        depth: Number of linear maps, L.
-
-    Returns:
-        ``1 - 2 a^m + s_m`` with ``q = 2^-N``, ``a = 1 - q``, ``m = L - 1`` and the least
-        probability ``s_m`` that both half-lines are alive behind m layers.
-
-    Source:
-        Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
-    """
+    """Return Lu et al.'s lower bound for one input feature and no biases; exact for L <= 3."""
     q = 2.0**-width
     a, b, steps = 1 - q, 1 - 2 * q - (width - 1) * q * q, depth - 2
     # From two half-lines with nothing in common (open) to two in one direction (merged).
@@ -95,14 +59,7 @@ def width_needed(
     *,
     bound: Callable[[int, int], float] = upper_bound,
 ) -> int:
-    """Return the smallest width at which a bound allows no more than a probability.
-
-    Args:
-        depth: Number of linear maps, at least 2.
-        probability: Largest probability of being born dead, in (0, 1).
-        bound: With :func:`upper_bound` that width is enough, for any inputs; with
-            :func:`lower_bound` no smaller one is, for one input feature without biases.
-    """
+    """Return the smallest width at which a bound allows no more than a probability."""
     width = 1
     while bound(width, depth) > probability:
         width += 1
@@ -112,17 +69,8 @@ def width_needed(
 def two_wide(depths: Sequence[int], *, nodes: int = 129, points: int = 24) -> Tensor:
     """Return the probability of being born dead for width 2, normal weights, one input, no biases.
 
-    What the two half-lines send into a layer are two vectors, and for normal weights all that
-    matters of them is the angle between them: it is a Markov chain, whose transitions for two
-    units are integrals over three variables. They are computed by Gauss-Legendre quadrature.
-
-    Args:
-        depths: Numbers of linear maps, each at least 2.
-        nodes: Grid points of the angle.
-        points: Quadrature points of each variable.
-
-    Returns:
-        Probabilities, shape (depths,), float64, with an error of about 1e-4 or less.
+    The angle between what the half-lines send into a layer is a Markov chain; its transitions are
+    integrals, computed by quadrature. Shape (depths,), float64, errors of about 1e-4 or less.
     """
     np: Any = require("numpy", "quadrature")
     x, w = np.polynomial.legendre.leggauss(points)
@@ -171,23 +119,10 @@ def death_layers(
     bias: float = 0.0,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draw networks layer by layer and note where they die on a set of inputs.
+    """Draw networks with He's normal weights and note where they die on inputs (n, features).
 
-    Weights are normal with He's variance 2 / fan_in.
-
-    Args:
-        x: Inputs, shape (n, features).
-        width: Units of each layer.
-        layers: Number of ReLU layers, L - 1.
-        networks: How many to draw.
-        bias: Standard deviation of the biases in units of that of the layer's weights.
-        generator: Source of randomness.
-
-    Returns:
-        For each network the first layer, from 1, that is silent on all inputs (the network is
-        born dead there for every depth beyond), 0 for none; shape (networks,), int64. And the
-        same for each input alone, shape (networks, n): the first layer in which all units are
-        silent on it.
+    ``bias`` is the biases' standard deviation, in units of the weights'. Returns the first layer,
+    from 1, silent on all inputs, 0 for none, (networks,); and the same by input, (networks, n).
     """
     h = x.double().expand(networks, *x.shape)
     first = torch.zeros(networks, dtype=torch.int64)
@@ -211,15 +146,7 @@ def death_layers(
 
 @torch.no_grad()
 def dead_shares(network: Stack, x: Tensor) -> Tensor:
-    """Return the shares of a stack's units whose output is 0 on all inputs.
-
-    Args:
-        network: From ``recipe.stack(seeds)``.
-        x: Inputs, shape (n, features).
-
-    Returns:
-        Shape (members, layers). NaN where a layer's pre-activations are not finite.
-    """
+    """Return the shares of units with output 0 on all inputs, (members, layers), or NaN."""
     shares = []
     for pre, post in network.hidden(x):
         share = (post == 0).all(1).to(x.dtype).mean(1)
@@ -229,10 +156,9 @@ def dead_shares(network: Stack, x: Tensor) -> Tensor:
 
 @computation("born-dead", grid={"width": list(WIDTHS)}, seeds=40)
 def born_dead(seeds: Sequence[int], *, width: int) -> Mapping[str, list[int]]:
-    """Count networks born dead by depth: a seed stands for a block of :data:`BLOCK` networks.
+    """Count networks born dead by depth on inputs -1 and 1; a seed is a block of ``BLOCK``.
 
-    One input feature, no biases, normal weights, inputs -1 and 1. ``both L`` counts the networks
-    of depth L that are dead on both half-lines, ``ray L`` those that are silent on 1.
+    ``both L`` counts those of depth L dead on both half-lines, ``ray L`` those silent on 1.
     """
     inputs = torch.tensor([[1.0], [-1.0]])
     counts: dict[str, list[int]] = {
@@ -247,6 +173,7 @@ def born_dead(seeds: Sequence[int], *, width: int) -> Mapping[str, list[int]]:
     return counts
 
 
+# Target, width and depth.
 CASES: Mapping[str, tuple[str, int, int]] = MappingProxyType(
     {
         "|x|": ("absolute", 2, 10),
@@ -257,16 +184,11 @@ CASES: Mapping[str, tuple[str, int, int]] = MappingProxyType(
         "pair, width 4, depth 20": ("absolute_pair", 4, 20),
     }
 )
-"""Target, width and depth of each case of :func:`collapse`."""
 
 
 @computation("collapse", grid={"case": list(CASES), "lr": [0.001, 0.01]}, seeds=500)
 def collapse(seeds: Iterable[int], *, case: str, lr: float) -> Mapping[str, list[float]]:
-    """Train deep, narrow networks from He's normal draw with zero biases; see what collapses.
-
-    1000 inputs drawn uniformly with variance 1, squared error, Adam, batches of 64, 2000 steps.
-    ``born``: a layer is dead on the inputs at the start. ``collapsed``: one is at the end.
-    """
+    """Train deep, narrow networks: in which is a layer dead, at the start and at the end?"""
     name, width, depth = CASES[case]
     wanted = target(name)
     data = wanted.sample(1000, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """Fresh networks: what their scale does in the first steps, and inputs to try them on."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,41 +14,22 @@ __all__ = ["Fate", "correlated", "first_steps", "mean_cosine"]
 
 
 class Fate(NamedTuple):
-    """What the first steps of training make of networks; a number a network, shape (members,).
+    """What the first steps of training make of networks, each (members,); NaN after overflow."""
 
-    Attributes:
-        born: Share of the hidden units that are dead on the training inputs before training.
-        stepped: The same after one step; NaN for a network that has overflowed.
-        gradient: Norm of the first gradient.
-        moved: How far the parameters have gone at the end, as a share of their norm at birth;
-            NaN or infinite for a network that has overflowed.
-        diverged: Whether loss or parameters are not finite at the end, bool.
-        accuracy: Share of the training set classified rightly at the end; NaN after overflow.
-    """
-
-    born: Tensor
-    stepped: Tensor
-    gradient: Tensor
-    moved: Tensor
-    diverged: Tensor
-    accuracy: Tensor
+    born: Tensor  # share of the hidden units that are dead on the inputs before training
+    stepped: Tensor  # the same after one step
+    gradient: Tensor  # norm of the first gradient
+    moved: Tensor  # distance of the parameters at the end, as a share of their norm at birth
+    diverged: Tensor  # whether loss or parameters are not finite at the end
+    accuracy: Tensor  # on the training set at the end
 
 
 def first_steps(
-    recipe: Recipe,
-    x: Tensor,
-    y: Tensor,
-    *,
-    seeds: int | Iterable[int],
-    rates: Sequence[float],
-    **settings: Any,
+    recipe: Recipe, x: Tensor, y: Tensor, *, seeds: Any, rates: Sequence[float], **settings: Any
 ) -> dict[float, Fate]:
-    """Train networks for a few steps at each of several rates and return their fates.
+    """Train the same seeds at each rate, on inputs (n, inputs) and labels (n,); return their fates.
 
-    The seeds are the same at each rate, so that the fates are paired.
-
-    ``x`` are inputs (n, inputs), ``y`` labels (n,); a number m as ``seeds`` stands for
-    ``range(m)``, and ``settings`` (steps, optimizer and so on) are those of ``train``.
+    ``settings`` (steps, optimizer and so on) are those of ``train``.
     """
     members, lr = crossed(seeds, rates)
     stack = recipe.stack(members)
@@ -62,18 +43,9 @@ def first_steps(
 
 
 def correlated(rows: int, features: int, cosine: float, *, generator: torch.Generator) -> Tensor:
-    """Draw normal inputs that share a direction, so that any two have about a given cosine.
+    """Draw normal inputs (rows, features), of which any two have about a given cosine in [0, 1].
 
-    Args:
-        rows: Number of inputs n.
-        features: Number of features d.
-        cosine: In [0, 1]. With many features the cosine of two rows is near it.
-        generator: Source of randomness: first for the shared part, then for the rows' own. One
-            state gives the same parts at every cosine.
-
-    Returns:
-        ``sqrt(cosine) s + sqrt(1 - cosine) e`` with one s for all rows, shape (n, d), float32; the
-        features have mean square 1.
+    One state of the generator gives the same shared and own parts at every cosine.
     """
     shared = torch.randn(1, features, generator=generator)
     own = torch.randn(rows, features, generator=generator)
@@ -81,10 +53,7 @@ def correlated(rows: int, features: int, cosine: float, *, generator: torch.Gene
 
 
 def mean_cosine(x: Tensor) -> float:
-    """Return the mean cosine of the angle between two different rows.
-
-    A row of zeros counts as orthogonal to all.
-    """
+    """Return the mean cosine of two different rows; a row of zeros is orthogonal to all."""
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     # The squared length of the sum holds every pair twice, and each row with itself.
     total = unit.sum(0).square().sum() - unit.square().sum()
