@@ -192,6 +192,35 @@ def test_functions_of_a_view_are_followed_and_of_a_changed_tensor_are_not():
         torch.testing.assert_close(site.peak, expected[site.name].peak)
 
 
+class Heads(nn.Module):
+    """A rectifier per head and feature, and a convolution's behind a flattening."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 3, 2), nn.Linear(12, 4)
+        self.flat, self.heads = nn.ReLU(), nn.ReLU()
+        self.split = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(self.flat(self.conv(x).flatten(1)))
+        return self.heads(x.unflatten(1, (self.split, -1)))
+
+
+def test_units_over_several_dimensions_or_places_are_followed():
+    model, x = Heads(), torch.randn(5, 1, 3, 3)
+    with Watch(model, window=1) as watch:
+        model(x)
+        expected, report = diagnose(model, [x]), watch.compute()
+        assert {site.name: site.units for site in report} == {"flat": 3, "heads": 4}
+        for site in report:
+            torch.testing.assert_close(site.peak, expected[site.name].peak)
+        model(torch.cat([x, x + 1]))  # more inputs
+        model.split = 4
+        with pytest.warns(UserWarning, match="cannot follow heads: called"):
+            model(x)
+    assert [site.name for site in watch.compute()] == ["flat"]
+
+
 def test_recurrent_sites_are_named_too():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.RNN(3, 4, nonlinearity="relu"))
     with Watch(model) as watch, pytest.warns(UserWarning, match=r"2\.l0"):

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ Place = tuple[str, bool]
 """The input of a module, by its name, or (if true) its output."""
 
 
+class Spread(NamedTuple):
+    """Units that lie over several dimensions, or at several places of one."""
+
+    site: Site
+    shape: torch.Size
+
+    def fits(self, x: Tensor) -> bool:
+        """Tell whether the places of the units are where they were."""
+        same = x.ndim == len(self.shape)
+        return same and all(x.shape[dim] == self.shape[dim] for dim in self.site.dims)
+
+
 @dataclass(eq=False)
 class Followed:
     """A site, and the largest pre-activation of each unit since the window began.
@@ -24,31 +36,31 @@ class Followed:
     Attributes:
         level: Its rectifier is silent up to this pre-activation.
         peak: Shape (units,).
-        dead: ``bool``, shape (units,): silent in the last window that reached it.
-        name: The site's name.
-        readings: Place, call (from 1) and dimension of the units in the tensor there, for each
-            time that the audit's pass reached the site; ``None`` where no hook sees it.
+        dead: ``bool``, shape (units,), on the CPU: silent in the last window that reached it.
+        ways: For each place that feeds it, and each call there (from 1) that does, how its units
+            lie in the tensor: their dimension, counted from the end, or a :class:`Spread`.
+        unread: Whether a call was fed from where no hook sees it.
     """
 
     level: float
     peak: Tensor
     dead: Tensor
     name: str = ""
-    readings: list[tuple[Place, int, int] | None] = field(default_factory=list)
+    ways: dict[Place, dict[int, int | Spread]] = field(default_factory=lambda: defaultdict(dict))
+    unread: bool = False
 
 
 def channel_peak(x: Tensor, dim: int) -> Tensor:
-    """Return the largest value along every other dimension, in one pass over the memory.
+    """Return the largest value at each index of a dimension: shape ``(x.shape[dim],)``.
 
     Args:
-        x: Any shape, not empty.
-        dim: The dimension to keep, counted from the end: negative.
-
-    Returns:
-        Shape ``(x.shape[dim],)``. NaN where there was one.
+        x: Any shape, not empty. NaN spreads.
+        dim: The dimension, counted from the end: negative.
     """
     if x.ndim == 1:
         return x
+    if x.ndim == 2 and dim == -1:
+        return x.amax(0)
     if dim == 1 - x.ndim and x.ndim > 2 and x.is_contiguous():
         # Reduce first along what is long enough to be fast.
         if x[0, 0].numel() >= 64:
@@ -59,18 +71,19 @@ def channel_peak(x: Tensor, dim: int) -> Tensor:
     group = 64 // units
     if group > 1 and x.is_contiguous() and x.numel() % (group * units) == 0:
         # A reduction over narrow rows is slow.
-        return x.view(-1, group * units).amax(0).view(group, units).amax(0)
+        x = x.view(-1, group * units).amax(0).view(group, units)
     return x.amax(list(range(x.ndim - 1)))
 
 
 class Hook:
-    """Calls a function; but a copy of it, saved or not, does nothing."""
+    """Calls a function, never compiled; but a copy of it, saved or not, does nothing."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+        self.function, self.eager = function, torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> None:
-        self.function(*args)
+        # The wrapper takes longer than this question.
+        (self.eager if torch.compiler.is_compiling() else self.function)(*args)
 
     def __reduce__(self) -> Any:
         # Takes anything, returns None, and loads where this package is not installed.
@@ -78,62 +91,53 @@ class Hook:
 
 
 class Reader(Hook):
-    """Feeds one site from one place.
+    """Feeds one site from one place, while the watch's ``_live`` is true."""
 
-    Args:
-        watch: Nothing is read while its ``_live`` is false.
-        site: The site.
-        dims: The dimension of its units in each call that belongs to it, by number from 1.
-        calls: How often the audit's pass called the module.
-    """
-
-    def __init__(self, watch: Any, site: Followed, dims: dict[int, int], calls: int) -> None:
-        self.watch, self.site, self.dims, self.calls = watch, site, dims, calls
+    def __init__(self, watch: Any, site: Followed, place: Place, audit: "Audit") -> None:
+        self.watch, self.site, self.ways = watch, site, site.ways[place]
+        self.calls, self.units = audit.counts[place], len(site.peak)
         # If all of several calls are the site's, they are a loop, whose length may change.
-        self.loop = len(dims) == calls > 1 and len(set(dims.values())) == 1
-        self.units = len(site.peak)
-        # A place for the peaks of one call; in double precision it would take too much memory.
-        self.now = torch.empty_like(site.peak) if site.peak.dtype == torch.float32 else None
+        self.loop = len(self.ways) == self.calls > 1 and len(set(self.ways.values())) == 1
         self.count = 0
         self.strange = False
-        self.handle: Any = None
+        self.handle = audit.hook(place, self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if not self.watch._live or Audit.running:
             return
         self.count += 1
-        dim = self.dims.get(1 if self.loop else self.count)
-        if dim is None:
+        way = self.ways.get(1 if self.loop else self.count)
+        if way is None:
             return
-        x = output[0] if output else args[0] if args else None
-        if not isinstance(x, Tensor) or x.ndim < -dim or x.shape[dim] != self.units:
+        x, peak = output[0] if output else args[0] if args else None, self.site.peak
+        if not isinstance(x, Tensor):
+            self.strange = True
+        elif isinstance(way, Spread):
+            self.strange |= not way.fits(x)
+            if way.fits(x) and x.numel():
+                torch.maximum(peak, way.site.per_unit(x.detach(), "amax"), out=peak)
+        elif x.ndim < -way or x.shape[way] != self.units:
             self.strange = True
         elif x.numel():
-            x, peak = x.detach(), self.site.peak
-            if dim == -1 and x.ndim == 2 and self.now is not None and x.dtype is torch.float32:
-                now = torch.amax(x, 0, out=self.now)  # takes less time than a new tensor
-            else:
-                now = channel_peak(x, dim)
-            torch.maximum(peak, now, out=peak)
+            torch.maximum(peak, channel_peak(x.detach(), way), out=peak)
 
-    def end(self) -> bool:
-        """Tell whether the pass that ends called the module as the audit's did, or not at all."""
+    def usual(self) -> bool:
+        """End a pass: tell whether it called the module as the audit's did, or not at all."""
         usual = not self.strange and (self.loop or self.count in (0, self.calls))
         self.count, self.strange = 0, False
         return usual
 
 
 class Audit(SiteFinder):
-    """Lists the sites of a pass, with their readings.
+    """Lists the sites of a pass, and where hooks can read them.
 
     Attributes:
         modules: Those that can have hooks, by name.
         found: Sites by key, in the order of their first calls.
         counts: How often each place was passed.
-        running: Whether any audit's pass is under way, which no watch may count.
     """
 
-    running: ClassVar[bool] = False
+    running: ClassVar[bool] = False  # any audit's pass, which no watch may count
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
@@ -150,8 +154,7 @@ class Audit(SiteFinder):
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
         self.found.clear()
         self.counts.clear()
-        handles = []
-        Audit.running = True
+        Audit.running, handles = True, []
         try:
             with undisturbed(module):
                 args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
@@ -171,9 +174,8 @@ class Audit(SiteFinder):
     def hook(self, place: Place, function: Callable[..., None]) -> Any:
         """Register a hook at a place, and return its handle."""
         module = self.modules[place[0]]
-        if place[1]:
-            return module.register_forward_hook(function)
-        return module.register_forward_pre_hook(function)
+        register = module.register_forward_hook if place[1] else module.register_forward_pre_hook
+        return register(function)
 
     def _see(self, place: Place, module: nn.Module, args: Any, *output: Any) -> None:
         self.counts[place] += 1
@@ -183,21 +185,18 @@ class Audit(SiteFinder):
 
     def before(self, site: Site, x: Tensor) -> None:
         """Note a call of a site, and the latest place that saw its input as it is now."""
-        # 0 where the units are spread over several dimensions.
-        dim = site.dims[0] - x.ndim if len(site.dims) == 1 and site.order is None else 0
         if site.key not in self.found:
             wide = x.dtype if x.dtype == torch.float64 else torch.float32
-            units = x.shape[dim] if dim else 0
-            peak = torch.full((units,), -torch.inf, dtype=wide, device=x.device)
-            dead = torch.zeros(units, dtype=torch.bool, device=x.device)
+            peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
+            dead = torch.zeros(site.units, dtype=torch.bool, device="cpu")
             self.found[site.key] = Followed(site.kind.level, peak, dead)
-        reading = None
+        followed = self.found[site.key]
         for place, call, seen, version in reversed(self._seen[_address(x)]):
-            there = _same_dim(x, dim, seen) if dim and x._version == version else 0
-            if there:
-                reading = (place, call, there)
-                break
-        self.found[site.key].readings.append(reading)
+            way = _way(site, x, seen) if x._version == version else None
+            if way is not None:
+                followed.ways[place][call] = way
+                return
+        followed.unread = True
 
 
 def _address(x: Tensor) -> int:
@@ -207,10 +206,14 @@ def _address(x: Tensor) -> int:
         return -1
 
 
-def _same_dim(x: Tensor, dim: int, seen: Tensor) -> int:
-    """Return the dimension in another view of the same elements, 0 if it has none."""
-    if x.shape == seen.shape and x.stride() == seen.stride():
-        return dim
+def _way(site: Site, x: Tensor, seen: Tensor) -> int | Spread | None:
+    """Return how a site's units lie in another view of its input; ``None`` if unknown."""
+    alike = x.shape == seen.shape and x.stride() == seen.stride()
+    if len(site.dims) != 1 or site.order is not None:
+        return Spread(site._replace(inputs=None), x.shape) if alike else None
+    dim = site.dims[0]
+    if alike:
+        return dim - x.ndim
     place = (x.shape[dim], x.stride(dim))
     same = [d for d in range(-seen.ndim, 0) if (seen.shape[d], seen.stride(d)) == place]
-    return same[0] if len(same) == 1 and x.numel() == seen.numel() else 0
+    return same[0] if len(same) == 1 and x.numel() == seen.numel() else None

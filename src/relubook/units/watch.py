@@ -2,16 +2,16 @@
 
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from relubook.units._readings import Audit, Followed, Hook, Place, Reader
+from relubook.units._readings import Audit, Followed, Hook, Reader
 from relubook.units.report import SiteListing, plain_table
 from relubook.units.sites import AmbiguousUnitsError, tensors_in, unwrapped
 
@@ -27,23 +27,23 @@ class Event(NamedTuple):
         until: Last step of that window.
         site: Name of the site.
         unit: Index of the unit.
-        kind: ``"death"`` or ``"revival"``. Units that are silent throughout the first window that
-            reaches their site die in it.
+        kind: ``"death"``, also if the first window that reached the site found the unit silent, or
+            ``"revival"``.
     """
 
     step: int
     until: int
     site: str
     unit: int
-    kind: Literal["death", "revival"]
+    kind: str
 
 
 @dataclass(frozen=True, eq=False)
 class WatchedSite:
-    """The state of one site at the end of a window.
+    """One site at the end of a window.
 
     Attributes:
-        name: The site's name, as :func:`relubook.units.diagnosis.diagnose` gives it.
+        name: As :func:`relubook.units.diagnosis.diagnose` gives it.
         dead: ``bool``, shape (units,): silent throughout the window.
         peak: Shape (units,): largest pre-activation of the window. ``-inf`` if the site was not
             reached, whose units then stay as they were.
@@ -66,7 +66,7 @@ class WatchedSite:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WatchReport(SiteListing[WatchedSite]):
-    """The state of all sites at the end of the last whole window.
+    """All sites at the end of the last whole window; ``print`` shows a table.
 
     Attributes:
         sites: One :class:`WatchedSite` per site that is followed.
@@ -85,66 +85,56 @@ class WatchReport(SiteListing[WatchedSite]):
     @property
     def dead_fraction(self) -> float:
         """Share of dead units among those of all sites."""
-        units = sum(site.units for site in self.sites)
-        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
+        units = sum(site.units for site in self)
+        return sum(int(site.dead.sum()) for site in self) / max(units, 1)
 
     def __repr__(self) -> str:
-        rows = [["site", "units", "dead", "non-finite"]]
-        for site in self.sites:
+        rows, remarks = [["site", "units", "dead", "non-finite"]], []
+        for site in self:
             counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
             rows.append([site.name, *(f"{count:,}" for count in counts)])
-        first = self.step - self.window + 1
-        lines = [
-            *plain_table(rows),
-            f"Steps {first} to {self.step}, n = {self.inputs:,} inputs.",
-        ]
-        for site in self.sites:
-            if site.units and bool(site.dead.all()):
-                lines.append(f"DEAD LAYER: all {site.units} units of {site.name} are dead.")
+            if 0 < counts[0] == counts[1]:
+                remarks.append(f"DEAD LAYER: all {site.units} units of {site.name} are dead.")
         if self.unfollowed:
-            lines.append(f"Not followed: {', '.join(self.unfollowed)}.")
-        return "\n".join(lines)
+            remarks.append(f"Not followed: {', '.join(self.unfollowed)}.")
+        steps = f"Steps {self.step - self.window + 1} to {self.step}, n = {self.inputs:,} inputs."
+        return "\n".join([*plain_table(rows), steps, *remarks])
 
 
 class Watch:
     """Follow the largest pre-activation of each unit while a model trains.
 
-    One running peak per unit and site is kept over a *window* of steps. A unit whose peak never
-    rose above the level at which its rectifier fires (0 for ReLU) was silent throughout the
-    window and counts as dead. So a date of death is exact to within a window, and rests on as
-    many inputs as the window had: a unit that fires on few inputs looks dead in a short window.
+    A unit whose peak over a *window* of steps never rose above the level at which its rectifier
+    fires (0 for ReLU) counts as dead. So a death is dated to within a window, and rests on as many
+    inputs as the window had: a unit that fires on few inputs looks dead in a short window.
 
-    Sites are found by one audit: before the first step, the model runs once more on that step's
-    input, without gradients and without a trace (see :func:`relubook.units.sites.undisturbed`).
-    A part that this pass left out (an expert, a layer under stochastic depth) is audited when it
-    is first called. Hooks then read each site's input where a module gets or returns it, as with
-    ``nn.ReLU`` or ``F.relu(self.fc(x))``. Named in ``unfollowed`` and in a warning are sites that
-    hooks cannot read, such as a function of a sum, and the sites of a module that a later pass
-    calls more or less often than the audit did.
+    Sites are found by an audit: before the first step the model runs once more on that step's
+    input, without a trace (see :func:`relubook.units.sites.undisturbed`), save that its own hooks
+    run and what it writes to plain Python attributes stays. A part that this pass left out (an
+    expert, a layer under stochastic depth) is audited when it is first called. Hooks then read
+    each site's input where a module gets or returns it, as with ``nn.ReLU`` or
+    ``F.relu(self.fc(x))``. Sites that no hook can read, such as a function of a sum, and those of
+    a module that a later pass calls more or less often, are named in ``unfollowed`` and a warning.
 
-    A step is a forward pass of the model in training mode with gradients on, or, if an
-    ``optimizer`` is given, one step of it. Under ``torch.distributed`` the peaks of all processes
-    are merged by their maximum at the end of each window, so all must take as many steps; parts
-    that the audit left out are named only. Autocast and ``torch.compile``, before or inside the
-    ``with`` block, work: entry and exit discard everything that was compiled in the process, since
-    compiled code ignores later hooks, and a compiled graph breaks where the model is entered and
-    left (with ``fullgraph=True`` torch raises).
-
-    In eager execution, training with and without it gives bit-identical weights. The audit runs
-    the model's own hooks once more, and changes to plain Python attributes stay. A copy of a
-    watched model is not watched.
+    A step is a forward pass in training mode with gradients on, or one of the ``optimizer`` if
+    given. Eager training gives the same weights to the bit as without it. Autocast works, and
+    ``torch.compile`` before or inside the ``with`` block: entry and exit discard all code compiled
+    in the process, which would ignore new hooks, and compiled graphs break where the model is
+    entered and left (``fullgraph=True`` raises). Under ``torch.distributed`` the peaks of all
+    processes, which must take as many steps, are merged after each window; parts that the audit
+    left out are then named only. A copy of a watched model is not watched.
 
     Attributes:
         step: Number of steps seen.
+        history: Deaths and revivals, one :class:`Event` each, in the order of their windows.
         unfollowed: Names of the sites and parts that are not followed.
         notes: What the audit could not see.
 
     Args:
-        model: Any module. Wrappers of ``torch.compile`` and of data parallelism are looked
-            through.
+        model: Any module. ``torch.compile``'s and the data-parallel wrappers are looked through.
         window: Steps per window.
-        optimizer: Count this optimizer's steps instead of forward passes. A wrapper that has it
-            as ``optimizer`` is looked through.
+        optimizer: Count its steps instead of forward passes. A wrapper that has it as
+            ``optimizer`` is looked through.
         unit_dim: As in :func:`relubook.units.diagnosis.diagnose`.
         batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
         process_group: Processes to merge over. Default: all.
@@ -180,16 +170,13 @@ class Watch:
         while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
             inner = inner.optimizer
         if optimizer is not None and not isinstance(inner, torch.optim.Optimizer):
-            raise TypeError(
-                "optimizer must be a torch.optim.Optimizer or have one as its .optimizer, "
-                f"not a {type(optimizer).__name__}"
-            )
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, not a {kind}")
         self.window = window
-        self.optimizer = inner
-        self.process_group = process_group
+        self.optimizer, self.process_group = inner, process_group
         self.step = 0
-        self.unfollowed: list[str] = []
-        self.notes: list[str] = []
+        self.history: list[Event] = []
+        self.unfollowed, self.notes = list[str](), list[str]()
         self._model = unwrapped(model)
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._handles: list[Any] = []
@@ -198,12 +185,8 @@ class Watch:
         self._audit: Audit | None = None
         self._sites: dict[str, Followed] = {}
         self._passes: Counter[str] = Counter()
-        self._live = False
-        self._inputs = 0
-        self._events: list[tuple[int, int, str, list[int], Any]] = []
+        self._live, self._inputs = False, 0
         self._report: WatchReport | None = None
-
-    # Attaching.
 
     def __enter__(self) -> "Watch":
         return self.attach()
@@ -213,10 +196,7 @@ class Watch:
         self.close()
 
     def attach(self) -> "Watch":
-        """Register the hooks, as entering the ``with`` block does.
-
-        Returns:
-            Itself.
+        """Register the hooks, as entering the ``with`` block does, and return itself.
 
         Raises:
             RuntimeError: If it is attached already.
@@ -226,15 +206,13 @@ class Watch:
         torch.compiler.reset()
         self._passes.clear()
         self.unfollowed, self.notes = [], []
-        eager = torch.compiler.disable
-        begin, end = Hook(eager(self._begin)), Hook(eager(self._end))
+        begin, end, step = Hook(self._begin), Hook(self._end), Hook(self._count_step)
         self._handles = [
             self._model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(end, always_call=True),
         ]
         if self.optimizer is not None:
-            count = eager(lambda *_: self._count_step())
-            self._handles.append(self.optimizer.register_step_post_hook(count))
+            self._handles.append(self.optimizer.register_step_post_hook(step))
         return self
 
     def close(self) -> None:
@@ -259,12 +237,10 @@ class Watch:
         else:
             why = (
                 f"{name} itself was not called. Watch the module that is: a loop may call only "
-                "its parts or another method, as Lightning does with training_step, and code that "
+                "parts of it, or another method (Lightning calls training_step); and code that "
                 "was compiled inside the block, for another model, runs without hooks"
             )
-        warnings.warn(f"Watch saw no step: {why}", UserWarning, stacklevel=2)
-
-    # One forward pass.
+        warnings.warn(f"Watch saw no step: {why}", stacklevel=2)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if Audit.running or not self._handles:  # compiled code calls removed hooks as well
@@ -282,7 +258,7 @@ class Watch:
             return
         self._live = False
         first = not self._passes["seen"]
-        strange = [r for r in self._readers if (first and not r.count) | (not r.end())]
+        strange = [r for r in self._readers if (first and not r.count) | (not r.usual())]
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
         self._passes["seen"] += 1
@@ -292,7 +268,7 @@ class Watch:
         if self.optimizer is None:
             self._count_step()
 
-    def _count_step(self) -> None:
+    def _count_step(self, *_: Any) -> None:
         self._passes["step"] += 1
         self.step += 1
         if self.step % self.window == 0:
@@ -306,49 +282,40 @@ class Watch:
             first = next(iter(tensors_in((args, kwargs))), None)
         return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
 
-    # Sites.
-
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Audit the model, or a part of it, and hook its sites."""
         audit = self._audit or Audit(self._model, **self._options)
         audit.run(module, self._batch_size(args, kwargs), args, kwargs)
         self.notes = list(audit.notes)
+        unclear = "cannot tell along which dimension the units lie: "
+        unclear += "; ".join(f"{name}: {why}" for name, why in audit.ambiguous.items())
+        unclear += ". Pass unit_dim={name: dimension}, or None for one to leave out"
+        called = {name for name, _ in audit.counts}
         if self._audit is None:
             if audit.ambiguous and not audit.found:
-                raise AmbiguousUnitsError(_unclear(audit.ambiguous))
+                raise AmbiguousUnitsError(unclear)
             if not audit.found:
                 raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
-            for name in audit.modules:
-                meet = Hook(torch.compiler.disable(partial(self._meet, name)))
-                late = audit.modules[name].register_forward_pre_hook(meet, with_kwargs=True)
-                self._late[name] = late
+            for name in audit.modules.keys() - called:
+                register = audit.modules[name].register_forward_pre_hook
+                self._late[name] = register(Hook(partial(self._meet, name)), with_kwargs=True)
         self._audit = audit
-        for name, _ in audit.counts:
-            if name in self._late:
-                self._late.pop(name).remove()
-        unread = []
+        for name in called & self._late.keys():
+            self._late.pop(name).remove()
         for key, site in audit.found.items():
             site.name = audit.name_of(key)
-            if None in site.readings:
-                unread.append(site.name)
-                continue
-            dims: dict[Place, dict[int, int]] = defaultdict(dict)
-            for place, call, dim in filter(None, site.readings):
-                dims[place][call] = dim
-            before = self._sites.get(site.name)  # from an earlier with block
-            if before is not None and before.peak.shape == site.peak.shape:
-                site = before
+            old = self._sites.get(site.name, site)  # from an earlier with block
+            if old.peak.shape == site.peak.shape:
+                site.peak, site.dead = old.peak, old.dead
             self._sites[site.name] = site
-            for place in dims:
-                reader = Reader(self, site, dims[place], audit.counts[place])
-                reader.handle = audit.hook(place, reader)
+            for place in site.ways:
+                reader = Reader(self, site, place, audit)
                 self._readers.append(reader)
                 if audit.modules[place[0]] is module and not place[1]:  # its call is under way
                     reader(module, args)
-        if unread:
-            self._leave_out(unread, "no module gets or returns what they rectify")
-        if audit.ambiguous:
-            self._leave_out(list(audit.ambiguous), _unclear(audit.ambiguous))
+        unread = [site.name for site in audit.found.values() if site.unread]
+        self._leave_out(unread, "no module gets or returns what they rectify")
+        self._leave_out(list(audit.ambiguous), unclear)
 
     def _meet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """Audit a part that no pass has called so far."""
@@ -368,10 +335,7 @@ class Watch:
         new = [name for name in dict.fromkeys(names) if name not in self.unfollowed]
         self.unfollowed += new
         if new:
-            message = f"Watch: hooks cannot follow {', '.join(new)}: {why}"
-            warnings.warn(message, UserWarning, stacklevel=2)
-
-    # Windows.
+            warnings.warn(f"Watch: hooks cannot follow {', '.join(new)}: {why}", stacklevel=2)
 
     def _processes(self) -> int:
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -381,13 +345,11 @@ class Watch:
         """Merge the peaks of all processes, and return the number of their inputs."""
         for site in self._sites.values():
             site.peak[site.peak.isnan()] = torch.inf
-        mine = {name: (site.level, site.peak.cpu()) for name, site in self._sites.items()}
+        peaks = {name: (site.level, site.peak.cpu()) for name, site in self._sites.items()}
+        mine = (self._inputs, peaks, self.unfollowed)
         every: list[Any] = [None] * self._processes()
-        torch.distributed.all_gather_object(
-            every, (self._inputs, mine, self.unfollowed), group=self.process_group
-        )
-        unfollowed = dict.fromkeys(name for _, _, names in every for name in names)
-        self.unfollowed = list(unfollowed)
+        torch.distributed.all_gather_object(every, mine, group=self.process_group)
+        self.unfollowed = list(dict.fromkeys(name for _, _, names in every for name in names))
         for _, sites, _ in every:
             for name, (level, peak) in sites.items():
                 if name not in self._sites:  # reached elsewhere only
@@ -395,26 +357,25 @@ class Watch:
                     self._sites[name] = Followed(level, peak.clone(), dead, name)
                 site = self._sites[name]
                 torch.maximum(site.peak, peak.to(site.peak.device), out=site.peak)
-        self._sites = {n: site for n, site in self._sites.items() if n not in unfollowed}
+        self._sites = {n: site for n, site in self._sites.items() if n not in self.unfollowed}
         return sum(inputs for inputs, _, _ in every)
 
     @torch.no_grad()
     def _close_window(self) -> None:
         inputs = self._inputs if self._processes() == 1 else self._merge()
         first = self.step - self.window + 1
-        states = []
+        states, events = [], []
         for site in self._sites.values():
-            silent = site.peak <= site.level
-            changed = (silent != site.dead) & (site.peak != -torch.inf)
-            if bool(changed.any()):
-                for units, kind in ((changed & silent, "death"), (changed & ~silent, "revival")):
-                    listed = units.nonzero().flatten().tolist()
-                    self._events.append((first, self.step, site.name, listed, kind))
-                site.dead ^= changed
-            peak = site.peak.to("cpu", torch.float32, copy=True)
-            states.append(WatchedSite(site.name, site.dead.to("cpu", copy=True), peak))
+            peak = site.peak.to("cpu", copy=True)
+            dead = torch.where(peak == -torch.inf, site.dead, peak <= site.level)
+            for kind, units in (("death", dead & ~site.dead), ("revival", site.dead & ~dead)):
+                for unit in units.nonzero().flatten().tolist():
+                    events.append(Event(first, self.step, site.name, unit, kind))
+            site.dead = dead
+            states.append(WatchedSite(site.name, dead, peak.float()))
             site.peak.fill_(-torch.inf)
         self._inputs = 0
+        self.history = [*self.history, *events]
         self._report = WatchReport(states, self.step, self.window, inputs, list(self.unfollowed))
 
     def compute(self) -> WatchReport:
@@ -422,48 +383,23 @@ class Watch:
 
         Under ``torch.distributed`` it is the same on every process, and nothing is sent.
 
-        Returns:
-            The report; ``print`` shows it as a table.
-
         Raises:
             RuntimeError: If no window is complete yet.
         """
         if self._report is None:
-            raise RuntimeError(
-                f"no window of {self.window} steps is complete: {self.step} steps were seen. "
-                "Is the model in training mode, called with gradients on, inside the with block?"
-            )
+            message = f"no window of {self.window} steps is complete: {self.step} steps were seen"
+            raise RuntimeError(f"{message}, in training mode with gradients on")
         return self._report
 
     def reset(self) -> None:
         """Forget peaks, deaths, the history and the step count; stay attached."""
         self.step = self._inputs = 0
-        self._report = None
-        self._events.clear()
+        self.history, self._report = [], None
         for site in self._sites.values():
             site.peak.fill_(-torch.inf)
-            site.dead.zero_()
-
-    @property
-    def history(self) -> list[Event]:
-        """Deaths and revivals, in the order of their windows."""
-        return [
-            Event(first, last, name, unit, kind)
-            for first, last, name, units, kind in self._events
-            for unit in units
-        ]
+            site.dead = torch.zeros_like(site.dead)
 
     def nbytes(self) -> int:
         """Return the bytes held for all units, without the history."""
-        held = [tensor for site in self._sites.values() for tensor in (site.peak, site.dead)]
-        held += [tensor for state in self._report or () for tensor in (state.peak, state.dead)]
-        held += [reader.now for reader in self._readers if reader.now is not None]
-        return sum(tensor.nbytes for tensor in held)
-
-
-def _unclear(ambiguous: Mapping[str, str]) -> str:
-    listed = "; ".join(f"{name}: {why}" for name, why in ambiguous.items())
-    return (
-        f"cannot tell along which dimension the units lie: {listed}. Pass "
-        "unit_dim={name: dimension}, or None for one to leave out"
-    )
+        states = (*self._sites.values(), *(self._report or ()))
+        return sum(state.peak.nbytes + state.dead.nbytes for state in states)
