@@ -204,9 +204,9 @@ def test_zeros_come_in_the_share_asked_for():
 def test_kernels_are_timed_against_the_ordinary_one():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 64, generator=generator)
-    speeds = kernel_speeds(weight, 0.9, rows=4, repeats=8, generator=generator)
+    speeds = kernel_speeds(weight, 0.9, rows=4, repeats=6, generator=generator)
     assert all(0 < speed.value < math.inf for speed in speeds)
-    assert {speed.n for speed in speeds} == {8}
+    assert {speed.n for speed in speeds} == {6}
 
 
 def at(value):

@@ -93,6 +93,7 @@ SKEWED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SKEWED)
 def test_coverage_of_skewed_shares(name):
     """At 99% at most 2% of intervals miss; of Student's up to a tenth do."""

@@ -116,6 +116,7 @@ def test_workers_compute_in_parallel_on_one_thread_each(monkeypatch, tmp_path):
         compute("threads", tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_notebook_defines_reaches_the_workers(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("RELUBOOK_JOBS", "2")
     compute("toy", tmp_path)

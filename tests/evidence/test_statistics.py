@@ -36,6 +36,7 @@ def test_proportion_interval_equals_the_binomial_test(k, n):
     assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_intervals_cover_at_their_level():
     rng = np.random.default_rng(0)
     trials, n = 400, 40
