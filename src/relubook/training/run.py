@@ -15,7 +15,7 @@ __all__ = ["TrainingRun", "concatenate", "crossed", "seed_ranges"]
 
 @dataclass
 class TrainingRun:
-    """What :func:`train` measured; the network is the sample.
+    """What :func:`relubook.training.train.train` measured; the network is the sample.
 
     Attributes:
         network: The trained stack.

@@ -64,7 +64,7 @@ def train(
         x: Inputs, shape (n, ...), shared, or (members, n, ...).
         y: Labels or targets, shape (n, ...), shared, or (members, n, ...).
         steps: Number of optimizer steps.
-        lr: One learning rate, or one a member; see :func:`crossed` for a grid.
+        lr: One learning rate, or one a member; :func:`relubook.training.run.crossed` makes grids.
         optimizer: A class of ``torch.optim`` or its name, or a function that makes one from
             parameter groups; a fresh one on each call. Those that mix the numbers of a tensor
             (Adafactor, Muon, your own) get the members one by one.
