@@ -48,18 +48,10 @@ BLOCK = 1000
 def upper_bound(width: int, depth: int) -> float:
     """Return the probability that one given input is silenced: a bound on being born dead.
 
-    For one input other than 0 (one ray, if there are no biases) it is the exact probability,
-    whatever the number of input features.
+    It is ``1 - (1 - 2^-N)^(L - 1)`` for N units in each of L - 1 ReLU layers: exact for one input
+    other than 0 (one ray, if there are no biases), whatever the number of input features.
 
-    Args:
-        width: Units of each hidden layer, N.
-        depth: Number of linear maps, L: there are L - 1 ReLU layers.
-
-    Returns:
-        ``1 - (1 - 2^-N)^(L - 1)``.
-
-    Source:
-        Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
+    Source: Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
     """
     return -math.expm1((depth - 1) * math.log1p(-(2.0**-width)))
 
@@ -67,19 +59,11 @@ def upper_bound(width: int, depth: int) -> float:
 def lower_bound(width: int, depth: int) -> float:
     """Return a lower bound of the probability of being born dead: one input feature, no biases.
 
-    Exact for depths 2 and 3, and for width 1. It holds for weights that are independent, symmetric
-    and continuous.
+    Exact for depths L of 2 and 3, and for width 1. It holds for weights that are independent,
+    symmetric and continuous: ``1 - 2 a^m + s_m`` with ``a = 1 - 2^-N``, ``m = L - 1`` and the least
+    probability ``s_m`` that both half-lines are alive behind m layers.
 
-    Args:
-        width: Units of each hidden layer, N.
-        depth: Number of linear maps, L.
-
-    Returns:
-        ``1 - 2 a^m + s_m`` with ``q = 2^-N``, ``a = 1 - q``, ``m = L - 1`` and the least
-        probability ``s_m`` that both half-lines are alive behind m layers.
-
-    Source:
-        Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
+    Source: Lu et al. 2019, https://arxiv.org/abs/1903.06733; derived in the chapter.
     """
     q = 2.0**-width
     a, b, steps = 1 - q, 1 - 2 * q - (width - 1) * q * q, depth - 2
@@ -95,13 +79,10 @@ def width_needed(
     *,
     bound: Callable[[int, int], float] = upper_bound,
 ) -> int:
-    """Return the smallest width at which a bound allows no more than a probability.
+    """Return the smallest width at which a bound allows no more than a probability, in (0, 1).
 
-    Args:
-        depth: Number of linear maps, at least 2.
-        probability: Largest probability of being born dead, in (0, 1).
-        bound: With :func:`upper_bound` that width is enough, for any inputs; with
-            :func:`lower_bound` no smaller one is, for one input feature without biases.
+    With :func:`upper_bound` that width is enough, for any inputs; with :func:`lower_bound` no
+    smaller one is, for one input feature without biases.
     """
     width = 1
     while bound(width, depth) > probability:
@@ -114,15 +95,9 @@ def two_wide(depths: Sequence[int], *, nodes: int = 129, points: int = 24) -> Te
 
     What the two half-lines send into a layer are two vectors, and for normal weights all that
     matters of them is the angle between them: it is a Markov chain, whose transitions for two
-    units are integrals over three variables. They are computed by Gauss-Legendre quadrature.
-
-    Args:
-        depths: Numbers of linear maps, each at least 2.
-        nodes: Grid points of the angle.
-        points: Quadrature points of each variable.
-
-    Returns:
-        Probabilities, shape (depths,), float64, with an error of about 1e-4 or less.
+    units are integrals over three variables, here by Gauss-Legendre quadrature with ``points`` of
+    each, on a grid of ``nodes`` angles. Returns shape (depths,), float64, with an error of about
+    1e-4 or less; each depth must be at least 2.
     """
     np: Any = require("numpy", "quadrature")
     x, w = np.polynomial.legendre.leggauss(points)
@@ -171,23 +146,15 @@ def death_layers(
     bias: float = 0.0,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draw networks layer by layer and note where they die on a set of inputs.
+    """Draw networks layer by layer and note where they die on a set of inputs, shape (n, features).
 
-    Weights are normal with He's variance 2 / fan_in.
-
-    Args:
-        x: Inputs, shape (n, features).
-        width: Units of each layer.
-        layers: Number of ReLU layers, L - 1.
-        networks: How many to draw.
-        bias: Standard deviation of the biases in units of that of the layer's weights.
-        generator: Source of randomness.
+    Weights are normal with He's variance 2 / fan_in; ``bias`` is the standard deviation of the
+    biases in units of that of the layer's weights.
 
     Returns:
-        For each network the first layer, from 1, that is silent on all inputs (the network is
+        For each network the first of its ReLU layers, from 1, that is silent on all inputs (it is
         born dead there for every depth beyond), 0 for none; shape (networks,), int64. And the
-        same for each input alone, shape (networks, n): the first layer in which all units are
-        silent on it.
+        same for each input alone, shape (networks, n).
     """
     h = x.double().expand(networks, *x.shape)
     first = torch.zeros(networks, dtype=torch.int64)
@@ -211,14 +178,9 @@ def death_layers(
 
 @torch.no_grad()
 def dead_shares(network: Stack, x: Tensor) -> Tensor:
-    """Return the shares of a stack's units whose output is 0 on all inputs.
+    """Return the shares of units whose output is 0 on all inputs (n, features).
 
-    Args:
-        network: From ``recipe.stack(seeds)``.
-        x: Inputs, shape (n, features).
-
-    Returns:
-        Shape (members, layers). NaN where a layer's pre-activations are not finite.
+    Shape (members, layers); NaN where a layer's pre-activations are not finite.
     """
     shares = []
     for pre, post in network.hidden(x):
