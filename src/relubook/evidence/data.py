@@ -116,8 +116,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "sine": Target("sine", 1, 1, lambda x: torch.sin(3 * x)),
     }
 )
-"""Targets by name: ``|x|``, ``x sin 5x``, ``1[x > 0] + 0.2 sin 5x``,
-``(|x1 + x2|, |x1 - x2|)``, ``sin 3x``."""
+"""``|x|``, ``x sin 5x``, ``1[x > 0] + 0.2 sin 5x``, ``(|x1 + x2|, |x1 - x2|)``, ``sin 3x``."""
 
 
 def target(name: str) -> Target:

@@ -77,17 +77,14 @@ def says(
 
     A statement about a median is one about a share: ``says(x < 0.2, "most below 0.2", 0.5, 1)``;
     one about two ways of training is one about the differences of twins, within=(-1, 1).
+    AssertionError only if the whole 99.9% interval of the mean lies outside ``low`` to ``high``.
 
     Args:
-        samples: One number or truth value a network, shape (n,), n >= 1.
+        samples, within: As for :func:`interval`.
         words: What the text says, such as ``"about half"``.
-        low, high: Least and greatest mean that a reader understands by it; may be infinite.
-        within: The least and the greatest value possible; None if unbounded.
+        low, high: Least and greatest mean that a reader understands by it; may be infinite, but
+            ValueError if nothing could contradict them.
         nonfinite: The number that NaN and infinity count as, or ``"omit"``; None refuses them.
-
-    Raises:
-        AssertionError: Only if the whole 99.9% interval of the mean lies outside the range.
-        ValueError: As for :func:`interval`; or if nothing could contradict the range.
     """
     np = require("numpy", "intervals")
     least, most = within or (-math.inf, math.inf)

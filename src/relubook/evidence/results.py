@@ -45,12 +45,11 @@ __all__ += ["is_stale", "load", "main", "result_names"]
 MODULES: tuple[str, ...] = tuple(
     f"chapters.{name}" for name in ("born_dead", "one_network", "optimizer_maps", "recurrent")
 )
-"""Modules of the package that define computations; imported when one is asked for by name."""
+"""Modules that define computations; imported when one is asked for by name."""
 
-# They hold no part of a result; a change to them does not make one stale.
+# A change to these does not make a result stale.
 _MECHANISM = tuple(f"evidence.{m}" for m in ("_files", "claims", "fingerprint", "results"))
 _MECHANISM += ("_optional",)
-
 _REGISTRY: dict[str, "Computation"] = {}
 
 Cell = tuple[Any, ...]
@@ -247,11 +246,11 @@ def _compare(what: str, pair: Any, rounding: float) -> None:
 
 
 def compute(name: str, folder: Path | str | None = None) -> Path:
-    """Compute all cells, several at a time, store the result, and return the file's path.
+    """Compute all cells, store the result, and return the file's path.
 
-    Each finished cell is kept in ``NAME.partial``, so that an interrupted computation goes on
-    where it stopped, unless its code, grid or seeds have changed. The workers, of one thread each,
-    are joblib's: ``RELUBOOK_JOBS`` or as many as there are cores.
+    Each finished cell is kept in ``NAME.partial``: an interrupted computation goes on from there,
+    unless its code, grid or seeds have changed. ``RELUBOOK_JOBS`` workers (by default one a core)
+    of one thread each compute.
     """
     joblib, tqdm = require("joblib", "stored results"), require("tqdm", "stored results")
     made, target = get(name), _folder(folder)
@@ -261,8 +260,8 @@ def compute(name: str, folder: Path | str | None = None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     first, last = made.seeds[0], made.seeds[-1]
     in_order = made.seeds == tuple(range(first, last + 1))
-    seeds = {"first": first, "last": last} if in_order else made.seeds
-    head: dict[str, Any] = {"name": name, "grid": dict(made.grid), "seeds": seeds}
+    head: dict[str, Any] = {"name": name, "grid": dict(made.grid)}
+    head["seeds"] = {"first": first, "last": last} if in_order else made.seeds
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {lib: importlib.metadata.version(lib) for lib in ("numpy", "scikit-learn")}
     head |= {"fingerprint": made.fingerprint(), "versions": versions}

@@ -21,18 +21,12 @@ __all__ = [
 
 
 def squared_relu(input: Tensor) -> Tensor:
-    """Return ``max(0, input) ** 2``, elementwise; its derivative at 0 is 0 on both sides.
-
-    Source: So et al. 2021, "Primer", https://arxiv.org/abs/2109.08668
-    """
+    """Return ``max(0, input) ** 2``, elementwise; its derivative at 0 is 0 on both sides."""
     return torch.relu(input).square()
 
 
 def step(input: Tensor) -> Tensor:
-    """Return 1 where ``input > 0``, else 0 (NaN for NaN), with a derivative of 0 for autograd.
-
-    Source: McCulloch and Pitts 1943, https://doi.org/10.1007/BF02478259
-    """
+    """Return 1 where ``input > 0``, else 0 (NaN for NaN), with a derivative of 0 for autograd."""
     return input.clamp(0, 1).ceil()
 
 
@@ -40,12 +34,9 @@ def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor
     """Return ``max(0, input)`` with a chosen derivative where the input is exactly 0.
 
     With the values 0, 0.5 and 1 the gradients are those of ``torch.relu(x)``,
-    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. NaN stays NaN.
-
-    Args:
-        input: Any shape, floating point; TypeError otherwise.
-        value: A finite number or a tensor of them that expands to the input's shape, such as one a
-            network; ValueError otherwise. No gradient reaches it.
+    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. NaN stays NaN. The input may have any shape;
+    TypeError unless it is floating point. The value, which no gradient reaches, is a number or a
+    tensor that expands to the input's shape, such as one a network; ValueError unless finite.
 
     Source: Bertoin et al. 2021, https://arxiv.org/abs/2106.12915, ask which value is best.
     """

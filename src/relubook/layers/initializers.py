@@ -25,10 +25,7 @@ he_normal_, he_uniform_ = nn.init.kaiming_normal_, nn.init.kaiming_uniform_
 
 
 def lecun_normal_(tensor: Tensor, *, generator: Generator = None) -> Tensor:
-    """Fill a weight with N(0, 1 / fan_in), the start that SELU asks for.
-
-    Source: LeCun et al. 1998, Efficient BackProp; Klambauer et al. 2017, arXiv 1706.02515.
-    """
+    """Fill a weight with N(0, 1 / fan_in): LeCun et al. 1998; for SELU, arXiv 1706.02515."""
     return nn.init.kaiming_normal_(tensor, nonlinearity="linear", generator=generator)
 
 

@@ -54,11 +54,10 @@ class Maxout(nn.Module):
     Args:
         in_features, out_features, pieces: Size of an input, number of units and of their pieces,
             each at least 1; ValueError otherwise.
-        bias: Whether the pieces have a bias.
+        bias, device, dtype: As for ``nn.Linear``.
         initializer: What ``relubook.layers.initializers.initializer`` takes. LeCun's normal draw
             keeps the second moment of the layer's output at two pieces.
         generator: Source of the randomness.
-        device, dtype: Those of the parameters.
 
     Source: Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
     """
