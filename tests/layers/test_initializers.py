@@ -142,14 +142,14 @@ def test_spellings_draw_the_same_numbers(name, others):
     assert not torch.equal(drawn(name)[0], drawn(name, seed=3)[0])
 
 
-@pytest.mark.parametrize("name", init.initializer_names())
+@pytest.mark.parametrize("name", init._TABLE)
 def test_weights_are_drawn_then_the_bias_is_zero_if_it_is_not_drawn(name):
     weight, bias, _ = drawn(name)
     assert (weight != 7).all()
     assert (bias == 0).all() != (name in ("rai", "torch"))
 
 
-@pytest.mark.parametrize("name", init.initializer_names())
+@pytest.mark.parametrize("name", init._TABLE)
 def test_a_network_inside_a_stack_gets_the_numbers_of_a_network_alone(name):
     """The maps of a stack lie as (members, in, out), so that each is a strided view."""
     stack, biases, generators = torch.empty(3, 8, 9), torch.empty(3, 9), [gen(s) for s in (4, 9, 1)]
@@ -200,7 +200,7 @@ def test_parameters_are_filled_in_place():
 
 def test_global_random_state_is_untouched():
     before = torch.get_rng_state()
-    for name in init.initializer_names():
+    for name in init._TABLE:
         init.initialize_(name, torch.empty(4, 3), torch.empty(4), generator=gen(0))
     assert torch.equal(before, torch.get_rng_state())
 

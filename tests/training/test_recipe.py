@@ -6,13 +6,13 @@ from recipe_kinds import gen, make
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from relubook.layers.activations import activation_names
-from relubook.layers.initializers import initializer_names
+from relubook.layers.activations import REGISTRY
+from relubook.layers.initializers import _TABLE
 from relubook.layers.maxout import Maxout
 from relubook.training.recipe import RESIDUALS
 
 
-@pytest.mark.parametrize("name", activation_names())
+@pytest.mark.parametrize("name", REGISTRY)
 def test_every_activation(name):
     made = make(activation=name)
     stack = made.stack(2, dtype=torch.float64).eval()
@@ -21,7 +21,7 @@ def test_every_activation(name):
     assert type(stack.member(0).act1) is type(made.single(0).act1)
 
 
-@pytest.mark.parametrize("name", initializer_names())
+@pytest.mark.parametrize("name", _TABLE)
 def test_every_initializer(name):
     made = make(initializer=name)
     vector = parameters_to_vector(made.single(5).parameters())

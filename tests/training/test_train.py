@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from relubook.layers.activations import MODULES, activation_names
+from relubook.layers.activations import MODULES, REGISTRY
 from relubook.training.recipe import Recipe
 from relubook.training.run import concatenate
 from relubook.training.stack import stack_of
@@ -65,7 +65,7 @@ def test_every_recipe_equals_the_loop(name):
         assert run.gradient_norm[-1, i].item() == pytest.approx(norms[i][-1], rel=1e-7)
 
 
-@pytest.mark.parametrize("name", activation_names())
+@pytest.mark.parametrize("name", REGISTRY)
 def test_every_activation_equals_the_loop(name):
     for widths in ((5, 5), (2, 2)):
         recipe = make(activation=name, widths=widths)

@@ -45,8 +45,7 @@ class FlippedVerdicts(NamedTuple):
         flipped: Share of pairs of different seeds in which the worse on average is ahead.
         same_seed: The same for pairs that share their seed.
         ties: Share of the pairs of different seeds that come out equal.
-        needed: Pairs of equal seeds after which a 95% interval of the mean difference leaves out
-            0 with a probability of about 80%.
+        needed: Pairs of equal seeds for a 95% interval without 0, with a probability of about 80%.
     """
 
     difference: Estimate

@@ -50,8 +50,7 @@ def matched_rate(optimizer: str, rate: float) -> float:
     """Return the learning rate that matches an effective rate: a tenth but for plain SGD.
 
     A constant gradient g moves SGD by ``lr g`` a step, and momentum m, in the long run, by
-    ``lr g / (1 - m)``. Adam's step hardly depends on the size of the gradient, so that nothing
-    matches exactly; it gets the same factor as momentum 0.9.
+    ``lr g / (1 - m)``. Adam, whose step hardly depends on g, gets the factor of momentum 0.9.
     """
     return rate if optimizer == "SGD" else rate / 10
 
@@ -89,10 +88,9 @@ def train_single_relu(
 ) -> tuple[TrainingRun, Tensor]:
     """Train single ReLUs ``relu(w x + b)`` to copy another one, by squared error, full batch.
 
-    Inputs are standard normal. The target is a ReLU with random weights and no bias, scaled to
-    ``target_sd``, plus ``target_mean``; every seed has its own data, w starts with He's draw, b at
-    0. Returns the run of the linear map in front of the rectifier, and which units are silent on
-    all n inputs at the end, bool (members,).
+    Inputs are standard normal, each seed's own. The target is a ReLU with random weights and no
+    bias, scaled to ``target_sd``, plus ``target_mean``; w starts with He's draw, b at 0. Returns
+    the run of the linear map, and which units are silent on all n inputs at the end, (members,).
     """
     xs, ys = [], []
     for seed in seeds:

@@ -1,8 +1,4 @@
-"""Recurrent networks, many at once: gradients through time, and a task that needs memory.
-
-A cell applies one layer at every time step. The linear path through time is what the chapter on
-gradient flow is after: the sum in an LSTM's state, or identity weights in a plain network.
-"""
+"""Recurrent networks, many at once: gradients through time, and a task that needs memory."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +14,8 @@ from relubook.evidence.results import computation
 class Cell(NamedTuple):
     """What a recurrent network computes at a step, and how it starts.
 
-    ``"tanh"`` or ``"relu"`` stand for ``h = f(x W + h U + b)``, which may start with ``U = 1``; the
-    bias of an LSTM's forget gate holds it open at 100.
+    ``"tanh"`` and ``"relu"`` are ``h = f(x W + h U + b)``, perhaps from ``U = 1``; the bias of an
+    LSTM's forget gate holds it open at 100.
     """
 
     kind: str
@@ -133,10 +129,9 @@ def memory_task(
     """Train networks to remember one bit that only the first of many inputs shows.
 
     Inputs have two features: noise of standard deviation 1/2 at every step, and the bit, as 1 or
-    -1, at the first step alone. The output after the last step is to tell the bit. Adam, every
-    member's gradient clipped to norm 1, fresh sequences at every update.
-    Returns by network the mean cross-entropy of the last ten updates (``loss``; guessing gives
-    ln 2) and whether it is below half of ln 2 (``learned``; a non-finite loss is not).
+    -1, at the first step alone; the last output is to tell it. Adam, every member's gradient
+    clipped to norm 1, fresh sequences at every update. Returns by network the mean cross-entropy of
+    the last ten updates (``loss``) and whether it is below half of ln 2, guessing's (``learned``).
     """
     chosen = CELLS[name]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

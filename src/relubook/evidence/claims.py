@@ -23,18 +23,14 @@ from relubook.evidence._files import write_whole
 from relubook.evidence.statistics import Estimate
 
 __all__ = ["Claim", "Criterion", "LedgerMismatchError", "Part", "Verdict", "at_least", "at_most"]
-__all__ += ["between", "claim", "claim_ids", "equals", "holds", "ledger", "part"]
+__all__ += ["between", "claim", "equals", "holds", "ledger", "part"]
 
-VERDICTS = ("confirmed", "refuted", "depends", "undecided", "cited")
 LEAST_SAMPLES = 30
-MODES = ("check", "record", "notice")
-_CHECKED = ("part", "test", "verdict", "url")  # what an entry of the evidence must keep
 
 _DATA = Path(__file__).with_name("claims.toml")
 _RECORD = _DATA.with_name("verdicts.json")
-_MARKS = dict(zip(VERDICTS, "✓✗±?❝", strict=True))
-_COLORS = dict(zip(VERDICTS, ("#0072B2", "#D55E00", "#CC79A7", "#999999", "#999999"), strict=True))
-
+_MARKS = {"confirmed": "✓", "refuted": "✗", "depends": "±", "undecided": "?", "cited": "❝"}
+_COLORS = {"confirmed": "#0072B2", "refuted": "#D55E00", "depends": "#CC79A7"}
 _CELL = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
 
 Measured = Estimate | float | int | bool
@@ -57,11 +53,10 @@ class Criterion:
             raise ValueError(f"a test must be a finite number or low <= high, not {self.wording}")
 
     def judge(self, measured: Measured) -> str:
-        """Return ``"confirmed"``, ``"refuted"`` or ``"undecided"``.
+        """Return ``"confirmed"``, ``"refuted"`` or, of an interval, perhaps ``"undecided"``.
 
-        An :class:`~relubook.evidence.statistics.Estimate` passes when its whole interval lies
-        inside the range, fails when all of it lies outside on one side, and settles nothing
-        otherwise. An exact number passes or fails. ValueError if it is not finite.
+        An interval confirms when all of it lies inside the range, and refutes when all of it lies
+        outside on one side. ValueError if the measured quantity is not finite.
         """
         ends = ("low", "high") if isinstance(measured, Estimate) else ("real", "real")
         low, high = (float(getattr(measured, end)) for end in ends)
@@ -142,36 +137,29 @@ def part(
     Args:
         name: A short name, unique within the claim, such as ``"elementwise"``.
         prediction: What the claim implies here, as a sentence.
-        measured: An ``Estimate`` where chance plays a part, else a number or a truth value.
-        criterion: The declared test as an object, such as ``at_least(0.05)``.
+        measured: An ``Estimate`` where chance plays a part, of 30 independent samples or more (else
+            ValueError), or a number or a truth value; it must be finite.
+        criterion: The declared test, such as ``at_least(0.05)``; TypeError unless there is one.
         **test: The same as a keyword: ``at_least=``, ``at_most=``, ``between=(low, high)`` or
             ``equals=``, the last perhaps with ``tolerance=``. Without any, a truth value must hold.
-
-    Raises:
-        TypeError: If the measured quantity is none of these, or not exactly one test is declared.
-        ValueError: If an estimate rests on fewer than 30 independent samples, or is not finite.
     """
     measured = measured.item() if hasattr(measured, "item") else measured
     if not isinstance(measured, Measured):
-        words = f"part {name!r} measured a {type(measured).__name__}"
-        raise TypeError(f"{words}; it must be an Estimate, a number or a truth value")
+        wrong = type(measured).__name__
+        raise TypeError(f"part {name!r} measured a {wrong}, not an Estimate, number or truth value")
     if isinstance(measured, Estimate) and measured.n < LEAST_SAMPLES:
         few = f"part {name!r} rests on {measured.n} independent samples"
         raise ValueError(f"{few}; it must rest on at least {LEAST_SAMPLES}")
     options = {"tolerance": test.pop("tolerance")} if {"equals", "tolerance"} <= set(test) else {}
-    if criterion is None and not test and isinstance(measured, bool):
-        criterion = holds()
-    if len(test) + (criterion is not None) != 1 or set(test) - set(_CRITERIA):
-        known, given = "=, ".join(_CRITERIA), ", ".join(test) or "none"
-        raise TypeError(
-            f"part {name!r} must declare one test: {known}= or a criterion; not {given}"
-        )
-    for key, value in test.items():
-        criterion = _CRITERIA[key](value, **options)
-    assert criterion is not None
-    result = Part(name, prediction, measured, criterion)
-    _ = result.verdict
-    return result
+    tests = [criterion] if criterion else []
+    if not (test or tests) and isinstance(measured, bool):
+        tests = [holds()]
+    if len(test) + len(tests) != 1 or set(test) - set(_CRITERIA):
+        known, given = "=, ".join([*_CRITERIA, "criterion"]), ", ".join(test) or "none"
+        raise TypeError(f"part {name!r} must declare one test: {known}=; not {given}")
+    tests += [_CRITERIA[key](value, **options) for key, value in test.items()]
+    tests[0].judge(measured)
+    return Part(name, prediction, measured, tests[0])
 
 
 def combine(verdicts: list[str]) -> str:
@@ -209,6 +197,8 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         safe, cell = html.escape, _CELL
+        names = ("Prediction", "Test", "Evidence", "Verdict")
+        heads = "".join(f'<th scope="col" {cell}>{name}</th>' for name in names)
         rows = "".join(
             f"<tr><td {cell}><b>{safe(p.name)}</b>: {safe(p.prediction)}</td>"
             f'<td {cell}>{safe(p.criterion.wording)}</td><td class="evidence" {cell}>'
@@ -216,46 +206,31 @@ class Verdict:
             f"{_MARKS[p.verdict]} {p.verdict}</span></td></tr>"
             for p in self.parts
         )
-        names = ("Prediction", "Test", "Evidence", "Verdict")
-        heads = "".join(f'<th scope="col" {cell}>{name}</th>' for name in names)
+        links = "".join(f'<li><a href="{safe(a)}">{safe(b)}</a></li>' for b, a in self.sources)
         table = (
             '<div style="overflow-x: auto" tabindex="0" role="region" '
             f'aria-label="Tests of the claim {self.claim.id}">'
             f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
-        links = "".join(f'<li><a href="{safe(a)}">{safe(b)}</a></li>' for b, a in self.sources)
         return (
-            f'<div class="claim" style="border: 1px solid {_COLORS[self.verdict]}; '
+            f'<div class="claim" style="border: 1px solid {_COLORS.get(self.verdict, "#999999")}; '
             'border-left-width: .4em; padding: .4em .8em; margin: .6em 0">'
             f"<p><b>Claim</b> <code>{self.claim.id}</code> · {safe(self.claim.whose)}<br>"
             f"{safe(self.claim.statement)}</p>"
-            + table * bool(rows)
-            + f"<ul>{links}</ul>" * bool(links)
-            + f"<p>{safe(self.finding)}</p>" * bool(self.finding)
-            + f"<p><b>Verdict: {_MARKS[self.verdict]} {self.verdict}</b>"
+            f"{table if rows else ''}{f'<ul>{links}</ul>' if links else ''}"
+            f"{f'<p>{safe(self.finding)}</p>' if self.finding else ''}"
+            f"<p><b>Verdict: {_MARKS[self.verdict]} {self.verdict}</b>"
             f"{safe(self._condition)}</p></div>"
         )
 
     def as_record(self) -> dict[str, Any]:
         """Return what the ledger keeps: verdict, condition, and the evidence of each part."""
-        record: dict[str, Any] = {"verdict": self.verdict}
-        record |= {"depends_on": self.depends_on} if self.depends_on else {}
-        if not self.parts:
-            evidence = [{"source": label, "url": url} for label, url in self.sources]
-            return record | {"evidence": evidence, "finding": self.finding}
-        heads = ("part", "prediction", "test", "measured", "verdict")
-        rows = (
-            (p.name, p.prediction, p.criterion.wording, p.evidence, p.verdict) for p in self.parts
-        )
-        return record | {"evidence": [dict(zip(heads, row, strict=True)) for row in rows]}
-
-    def agrees_with(self, record: Mapping[str, Any]) -> bool:
-        """Whether verdict and the parts' verdicts are the recorded ones."""
-        mine, theirs = (
-            [e["verdict"], *([p.get(k) for k in _CHECKED] for p in e.get("evidence", []))]
-            for e in (self.as_record(), record)
-        )
-        return mine == theirs
+        evidence = [{"source": label, "url": url} for label, url in self.sources]
+        for p in self.parts:
+            facts = {"part": p.name, "prediction": p.prediction, "test": p.criterion.wording}
+            evidence.append(facts | {"measured": p.evidence, "verdict": p.verdict})
+        record = {"verdict": self.verdict, "depends_on": self.depends_on, "evidence": evidence}
+        return {key: fact for key, fact in (record | {"finding": self.finding}).items() if fact}
 
 
 @dataclass(frozen=True)
@@ -279,25 +254,17 @@ class Claim:
         label = "note" if len(self.notes) == 1 else "notes"
         return f"{label} {', '.join(self.notes)}" if self.notes else self.source
 
-    @property
-    def recorded(self) -> Mapping[str, Any] | None:
-        """The recorded verdict and evidence, or None while the claim is untested."""
-        return _records().get(self.id)
-
     def check(self, *parts: Part, depends_on: str = "") -> Verdict:
         """Judge the claim by its declared tests and compare with the recorded verdict.
 
         Args:
-            *parts: One or more :func:`part`.
-            depends_on: On what the verdict depends; needed exactly when parts disagree.
+            *parts: One or more :func:`part`, each with a name of its own; ValueError otherwise.
+            depends_on: On what the verdict depends; ValueError if it is missing and parts disagree.
 
         Returns:
-            The verdict, which shows itself as a card when it ends a cell.
-
-        Raises:
-            ValueError: If there is no part, two share a name, or ``depends_on`` is missing.
-            LedgerMismatchError: In CI and under ``make notebooks``, if the verdict on the claim or
-                a part is not the recorded one. Elsewhere a warning says so.
+            The verdict, which shows itself as a card when it ends a cell. If it is not the recorded
+            one, or a part's is not, LedgerMismatchError is raised in CI and under
+            ``make notebooks``; elsewhere a warning says so.
         """
         if not parts:
             raise ValueError(f"claim {self.id!r} must have at least one part to check")
@@ -313,12 +280,8 @@ class Claim:
         """Settle a claim of history or biology by its sources; the verdict is ``"cited"``.
 
         Args:
-            *sources: Pairs of a label and the full address (DOI or arXiv).
+            *sources: Pairs of a label and the full https address (DOI or arXiv); else ValueError.
             finding: What the sources say about the claim, in one or two sentences.
-
-        Raises:
-            ValueError: If there is no source, or an address is not a full https address.
-            LedgerMismatchError: As for :meth:`check`.
         """
         if not sources:
             raise ValueError(f"claim {self.id!r} must have at least one source to cite")
@@ -328,30 +291,31 @@ class Claim:
         return self._settle(Verdict(self, "cited", sources=sources, finding=finding))
 
     def _settle(self, verdict: Verdict) -> Verdict:
-        mode, recorded = _mode(), self.recorded
+        default = "check" if os.environ.get("CI", "").lower() in ("1", "true", "yes") else "notice"
+        mode, records = os.environ.get("RELUBOOK_LEDGER", default), _records()
+        if mode not in ("check", "record", "notice"):
+            raise ValueError(f"RELUBOOK_LEDGER must be one of check, record, notice, not {mode!r}")
+        old, new = records.get(self.id), verdict.as_record()
         if mode == "record":
-            records = _records() | {self.id: verdict.as_record()}
-            ordered = {known: records[known] for known in claim_ids() if known in records}
+            records[self.id] = new
+            ordered = {known: records[known] for known in _data()[0] if known in records}
             write_whole(_RECORD, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
             return verdict
-        if recorded is not None and verdict.agrees_with(recorded):
+        if old and _checked(old) == _checked(new):
             return verdict
-        known = recorded and f"is recorded as {recorded['verdict']}, but"
-        before = known or "has no recorded verdict;"
-        message = f"claim {self.id!r} {before} here it is {verdict.verdict}"
+        before = f"is recorded as {old['verdict']}, but" if old else "has no recorded verdict;"
         details = "; ".join(f"{p.name}: {p.verdict} ({p.evidence})" for p in verdict.parts)
+        message = f"claim {self.id!r} {before} here it is {verdict.verdict}"
         if mode == "check":
             raise LedgerMismatchError(f"{message}. {details}")
         warnings.warn(f"{message} (other versions or hardware?). {details}", stacklevel=3)
         return verdict
 
 
-def _mode() -> str:
-    default = "check" if os.environ.get("CI", "").lower() in ("1", "true", "yes") else "notice"
-    mode = os.environ.get("RELUBOOK_LEDGER", default)
-    if mode not in MODES:
-        raise ValueError(f"RELUBOOK_LEDGER must be one of {', '.join(MODES)}, not {mode!r}")
-    return mode
+def _checked(record: Mapping[str, Any]) -> list[Any]:
+    """Return what must stay of a record: the verdict, and of each part test and verdict."""
+    keys = ("part", "test", "verdict", "url")
+    return [record["verdict"], *([p.get(k) for k in keys] for p in record.get("evidence", []))]
 
 
 def _records() -> dict[str, Any]:
@@ -363,11 +327,6 @@ def _data() -> tuple[dict[str, Claim], dict[str, dict[str, str]]]:
     data = tomllib.loads(_DATA.read_text(encoding="utf-8"))
     claims = (Claim(**entry | {"notes": tuple(entry["notes"])}) for entry in data["claims"])
     return {entry.id: entry for entry in claims}, data["notes"]
-
-
-def claim_ids() -> tuple[str, ...]:
-    """Return the ids of all claims, in the ledger's order."""
-    return tuple(_data()[0])
 
 
 def source_notes() -> Mapping[str, Mapping[str, str]]:

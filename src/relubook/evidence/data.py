@@ -52,21 +52,14 @@ def _known(kind: str, name: str, known: Collection[str]) -> None:
 
 
 def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.float32) -> Dataset:
-    """Load a real data set that ships with scikit-learn.
+    """Load a real data set that ships with scikit-learn; the rows are the same on every call.
 
     Args:
-        name: One of :data:`DATASETS`.
+        name: One of :data:`DATASETS`; ValueError otherwise.
         standardize: Give the inputs mean 0 and variance 1 over the training part: each feature of
             a table; all pixels of images together. If False, images are scaled to [0, 1] and
             tables are left as they are. Regression targets are standardized in any case.
         dtype: Floating-point type of the inputs.
-
-    Returns:
-        The data in three parts, the same rows in the same order on every call.
-
-    Raises:
-        ValueError: If the name is unknown.
-        ImportError: If scikit-learn is not installed.
     """
     _known("data set", name, DATASETS)
     bunch = getattr(require("sklearn.datasets", "data sets"), f"load_{name}")()
@@ -123,8 +116,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "sine": Target("sine", 1, 1, lambda x: torch.sin(3 * x)),
     }
 )
-"""Targets by name: ``|x|``, ``x sin 5x``, ``1[x > 0] + 0.2 sin 5x``,
-``(|x1 + x2|, |x1 - x2|)``, ``sin 3x``."""
+"""``|x|``, ``x sin 5x``, ``1[x > 0] + 0.2 sin 5x``, ``(|x1 + x2|, |x1 - x2|)``, ``sin 3x``."""
 
 
 def target(name: str) -> Target:

@@ -8,10 +8,10 @@ imported, nor comments, docstrings and layout, so that moving a function makes n
 import ast
 import functools
 import hashlib
-import itertools
 import json
 import symtable
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 __all__ = ["code_digest"]
@@ -29,24 +29,21 @@ Key = tuple[str, str]  # a module and a name in it, "*" for all of the module
 def code_digest(
     *pieces: str, only: str | None = None, package: Path = _HERE, exclude: Iterable[str] = ()
 ) -> str:
-    """Return a digest of code and of all definitions of the package that it reaches.
+    """Return a digest (SHA-256) of code and of all definitions of the package that it reaches.
 
-    Where it is unsure, it includes more: all of a module that is passed on as a value, and what
-    fills a registry in place wherever the registry is used. Names in strings are not followed.
+    It is the same on every platform and Python version. Where it is unsure, it includes more: all
+    of a module that is passed on as a value, and what fills a registry in place wherever the
+    registry is used. Names in strings are not followed.
 
     Args:
         *pieces: Python code; several pieces, such as the cells of a chapter, share their names.
         only: Start from this definition instead of everything; ValueError if there is none.
         package: Folder of the package; relubook's own by default.
         exclude: Modules or definitions that do not count, such as ``"evidence.results"``.
-
-    Returns:
-        64 hexadecimal digits (SHA-256), the same on every platform and Python version.
     """
-    files = []
-    for path in sorted(package.rglob("*.py")):
-        name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
-        files.append((name, path.read_text(encoding="utf-8")))
+    paths = sorted(package.rglob("*.py"))
+    names = (".".join(p.relative_to(package.parent).with_suffix("").parts) for p in paths)
+    files = zip(names, (path.read_text(encoding="utf-8") for path in paths), strict=True)
     sources = _Sources(_package(tuple(files)), _Module(_OWN, "\n".join(pieces)))
     counts = [sum(not _is_silent(node) for node in ast.parse(piece).body) for piece in pieces]
     excluded = tuple(f"{package.name}.{entry}." for entry in exclude)
@@ -227,20 +224,18 @@ class _Sources:
                 waiting += self.read(key)[1]
         return found
 
-    def _changed(self, statement: _Statement) -> set[Key]:
-        return {key for key, _ in map(self.find, statement.changes()) if key}
-
     def _fill(self, statements: list[_Statement]) -> Iterator[tuple[_Statement, set[Key]]]:
         """Yield statements that change others' values on import, with what they change."""
-        for s in statements:
-            for name in s.bound if (found := self._changed(s)) else ():
+        changed = [{key for key, _ in map(self.find, s.changes()) if key} for s in statements]
+        for s, found in zip(statements, changed, strict=True):
+            for name in s.bound if found else ():
                 self.changes.setdefault((s.module.name, name), set()).update(found)
-        for s in statements:
+        for s, found in zip(statements, changed, strict=True):
             uses: set[Key] = set()
             self.write(s.node, s, uses, on_import=True)
             filled = {key for user in self.closure(uses) for key in self.changes.get(user, ())}
             if not isinstance(s.node, _DEFINITIONS):
-                filled |= self._changed(s)
+                filled |= found
                 filled |= set() if isinstance(s.node, ast.Assign | ast.AnnAssign) else uses
             if filled:
                 yield s, filled
@@ -251,10 +246,8 @@ class _Sources:
         if only is not None and only not in own.bound:
             raise ValueError(f"only must be a definition of the code, not {only!r}")
         uses, rest = {(_OWN, only)} if only else set(), iter(own.statements)
-        pieces = [
-            [self.write(s.node, s, uses) for s in itertools.islice(rest, count)]
-            for count in (counts if only is None else ())
-        ]
+        counts = counts if only is None else []
+        pieces = [[self.write(s.node, s, uses) for s in islice(rest, n)] for n in counts]
         fillers, texts, found = self.fillers, set(), self.closure(uses, excluded)
         while chosen := [filler for filler in fillers if filler[1] & found]:
             fillers = [filler for filler in fillers if filler not in chosen]

@@ -5,22 +5,19 @@ therefore asserted by :func:`says`, which fails only if the data exclude it.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 from relubook._optional import require
+from relubook.evidence.statistics import Samples, check_confidence
 
 __all__ = ["interval", "says"]
 
 CONFIDENCE = 0.999
+Range = tuple[float, float] | None
 FEW = 5  # fewer networks than this differ from a common value: only an exact bound will do
 
 
 def interval(
-    samples: Sequence[float] | Any,
-    *,
-    confidence: float = CONFIDENCE,
-    within: tuple[float, float] | None = (0, 1),
+    samples: Samples, *, confidence: float = CONFIDENCE, within: Range = (0, 1)
 ) -> tuple[float, float, float]:
     """Return the mean of independent samples and both ends of its interval.
 
@@ -31,15 +28,11 @@ def interval(
     range, and P has an exact bound: with 0 of n it is ``1 - (1 - confidence) ** (1 / n)``.
 
     Args:
-        samples: One finite number or truth value a network, shape (n,), n >= 1.
-        confidence: Coverage, strictly between 0 and 1.
-        within: The least and the greatest value possible; None if unbounded.
+        samples: One finite number or truth value a network, shape (n,), n >= 1; else ValueError.
+        confidence: Coverage, strictly between 0 and 1; else ValueError.
+        within: The least and the greatest value possible, else ValueError; None if unbounded.
 
-    Returns:
-        Mean, lower and upper end; the ends are infinite where nothing is known.
-
-    Raises:
-        ValueError: If shape or confidence is wrong, or a sample not finite or out of range.
+    Returns mean, lower and upper end; the ends are infinite where nothing is known.
 
     Source: Hall 1992, https://doi.org/10.1111/j.2517-6161.1992.tb01872.x
     """
@@ -47,8 +40,7 @@ def interval(
     x, alpha = np.asarray(samples), 1 - confidence
     if x.ndim != 1 or not len(x):
         raise ValueError(f"samples must be one value a network, shape (n,), not {x.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1, not {confidence!r}")
+    check_confidence(confidence)
     truths, x, n = x.dtype == bool, x.astype(float), len(x)
     if bad := int((~np.isfinite(x)).sum()):
         raise ValueError(f"{bad} of {n} samples are not finite: say by nonfinite= how they count")
@@ -73,33 +65,30 @@ def interval(
 
 
 def says(
-    samples: Sequence[float] | Any,
+    samples: Samples,
     words: str,
     low: float,
     high: float,
     *,
-    within: tuple[float, float] | None = (0, 1),
+    within: Range = (0, 1),
     nonfinite: float | str | None = None,
 ) -> None:
     """Let samples contradict what a text says of their mean, and nothing less than contradict it.
 
     A statement about a median is one about a share: ``says(x < 0.2, "most below 0.2", 0.5, 1)``;
     one about two ways of training is one about the differences of twins, within=(-1, 1).
+    AssertionError only if the whole 99.9% interval of the mean lies outside ``low`` to ``high``.
 
     Args:
-        samples: One number or truth value a network, shape (n,), n >= 1.
+        samples, within: As for :func:`interval`.
         words: What the text says, such as ``"about half"``.
-        low, high: Least and greatest mean that a reader understands by it; may be infinite.
-        within: The least and the greatest value possible; None if unbounded.
+        low, high: Least and greatest mean that a reader understands by it; may be infinite, but
+            ValueError if nothing could contradict them.
         nonfinite: The number that NaN and infinity count as, or ``"omit"``; None refuses them.
-
-    Raises:
-        AssertionError: Only if the whole 99.9% interval of the mean lies outside the range.
-        ValueError: As for :func:`interval`; or if nothing could contradict the range.
     """
     np = require("numpy", "intervals")
     least, most = within or (-math.inf, math.inf)
-    if not low <= high or (low <= least and high >= most):
+    if not low <= high or (low <= least and most <= high):
         raise ValueError(f"{words!r} must leave out something of {within}, not say {low} to {high}")
     x = np.asarray(samples)
     if nonfinite is not None and not (finite := np.isfinite(x)).all():

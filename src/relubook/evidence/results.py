@@ -2,10 +2,10 @@
 
 A computation returns, for one cell of its grid, a number (or truth value) a seed by quantity::
 
-    @computation("collapse", grid={"depth": [5, 10], "width": [2, 4]}, seeds=range(500))
+    @computation("collapse", grid={"depth": [5, 10], "width": [2, 4]}, seeds=500)
     def collapse(seeds, *, depth, width):
         run = train(Recipe(1, width, 1, hidden=depth).stack(seeds), x, y, steps=1000, lr=0.01)
-        return {"collapsed": (run.dead[-1] == 1).any(1).tolist()}
+        return {"collapsed": (run.dead[-1] == 1).any(1)}
 
 ``python -m relubook results collapse`` stores it as ``book/results/collapse.json``, with a
 fingerprint of the code. A chapter draws what is stored and runs a slice of it again::
@@ -45,12 +45,11 @@ __all__ += ["is_stale", "load", "main", "result_names"]
 MODULES: tuple[str, ...] = tuple(
     f"chapters.{name}" for name in ("born_dead", "one_network", "optimizer_maps", "recurrent")
 )
-"""Modules of the package that define computations; imported when one is asked for by name."""
+"""Modules that define computations; imported when one is asked for by name."""
 
-# They hold no part of a result; a change to them does not make one stale.
+# A change to these does not make a result stale.
 _MECHANISM = tuple(f"evidence.{m}" for m in ("_files", "claims", "fingerprint", "results"))
 _MECHANISM += ("_optional",)
-
 _REGISTRY: dict[str, "Computation"] = {}
 
 Cell = tuple[Any, ...]
@@ -62,8 +61,8 @@ Measured = dict[str, list[float]]
 class Results:
     """Measurements over a grid, one number a cell, quantity and seed.
 
-    The key of a cell is the tuple of its values in the order of the grid. ``record`` holds
-    versions, date (UTC), seconds and fingerprint of a stored result.
+    A cell's key is the tuple of its values in the grid's order. ``record`` holds versions, date
+    (UTC), seconds and fingerprint of a stored result.
     """
 
     name: str
@@ -115,11 +114,10 @@ class Computation:
         at = dict(zip(self.grid, key, strict=True))
         measured = {}
         for quantity, values in self.function(list(seeds), **at).items():
-            numbers = values.tolist() if hasattr(values, "tolist") else list(values)
-            if len(numbers) != len(seeds):
-                words = f"{len(numbers)} numbers of {quantity!r} for {len(seeds)} seeds at {at}"
+            measured[quantity] = [_plain(number) for number in values]
+            if len(values) != len(seeds):
+                words = f"{len(values)} numbers of {quantity!r} for {len(seeds)} seeds at {at}"
                 raise ValueError(f"{self.name!r} returned {words}")
-            measured[quantity] = [_plain(number) for number in numbers]
         return measured
 
     def run(self, *, grid: Grid | None = None, seeds: Iterable[int] | None = None) -> Results:
@@ -142,12 +140,9 @@ def computation(
     """Register a function as a named computation.
 
     Args:
-        name: Its name, and that of its file: lower-case letters, digits and hyphens.
+        name: Its name and that of its file: lower-case letters, digits and hyphens, not taken.
         grid: The values of each parameter, as JSON can hold them; the cells are their product.
-        seeds: The seeds of every cell; a number m stands for ``range(m)``.
-
-    Raises:
-        ValueError: If the name is taken or malformed, or grid or seeds are empty.
+        seeds: The seeds of every cell; a number m stands for ``range(m)``. ValueError if empty.
     """
     if not name or not all(c.islower() or c.isdigit() or c == "-" for c in name):
         raise ValueError(f"a name must have lower-case letters, digits and hyphens, not {name!r}")
@@ -184,22 +179,16 @@ def get(name: str) -> Computation:
 
 
 def load(name: str, folder: Path | str | None = None) -> Results:
-    """Return a stored result with its record.
+    """Return a stored result with its record; FileNotFoundError says how to compute it.
 
-    Args:
-        name: Name of the computation.
-        folder: Where results are stored: that of the environment variable ``RELUBOOK_RESULTS``,
-            else ``book/results`` of the repository, else what the installed package brings.
-
-    Raises:
-        FileNotFoundError: If nothing is stored under that name; says how to compute it.
+    It lies in the folder given, else in that of the environment variable ``RELUBOOK_RESULTS``,
+    else in ``book/results`` of the repository, else in the installed package.
     """
     path = _folder(folder) / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"{name!r} is not stored; compute it by: make full NAMES={name}")
     data = json.loads(path.read_text(encoding="utf-8"))
-    seeds = data["seeds"]
-    if isinstance(seeds, Mapping):
+    if isinstance(seeds := data["seeds"], Mapping):
         seeds = range(seeds["first"], seeds["last"] + 1)
     cells = {tuple(cell["at"].values()): cell["measured"] for cell in data["cells"]}
     record = {key: data[key] for key in ("versions", "date", "duration", "fingerprint")}
@@ -222,12 +211,9 @@ def assert_agrees(stored: Results, live: Results, *, rounding: float = 0.0) -> N
 
     Args:
         stored: From :func:`load`.
-        live: From :meth:`Computation.run`.
-        rounding: A mean difference up to this, in the unit of the quantity, is no contradiction.
-
-    Raises:
-        AssertionError: If a 99.9% interval lies beyond the rounding; names cell and quantity.
-        ValueError: If the slice is not part of what is stored.
+        live: From :meth:`Computation.run`; ValueError if it is not part of what is stored.
+        rounding: AssertionError names the cell and the quantity if the 99.9% interval of a mean
+            difference lies beyond this, in the unit of the quantity.
     """
     np = require("numpy", "stored results")
     place = {seed: i for i, seed in enumerate(stored.seeds)}
@@ -242,15 +228,15 @@ def assert_agrees(stored: Results, live: Results, *, rounding: float = 0.0) -> N
             before = [there[what][place[seed]] for seed in live.seeds]
             pair = np.array([before, values], dtype=float)
             finite = np.isfinite(pair)
-            _compare(f"{stored.name} at {key}, share of finite {what}", finite.astype(float))
+            _compare(f"{stored.name} at {key}, share of finite {what}", finite.astype(float), 0)
             _compare(f"{stored.name} at {key}, {what}", pair[:, finite.all(0)], rounding)
 
 
-def _compare(what: str, pair: Any, rounding: float = 0.0) -> None:
+def _compare(what: str, pair: Any, rounding: float) -> None:
     before, now = pair
     if (now == before).all():
         return
-    reach = max(now.max(), before.max()) - min(now.min(), before.min())
+    reach = pair.max() - pair.min()
     _, low, high = interval(now - before, within=(-reach, reach))
     if low > rounding or high < -rounding:
         raise AssertionError(
@@ -260,11 +246,11 @@ def _compare(what: str, pair: Any, rounding: float = 0.0) -> None:
 
 
 def compute(name: str, folder: Path | str | None = None) -> Path:
-    """Compute all cells, several at a time, store the result, and return the file's path.
+    """Compute all cells, store the result, and return the file's path.
 
-    Each finished cell is kept in ``NAME.partial``, so that an interrupted computation goes on
-    where it stopped, unless its code, grid or seeds have changed. The workers, of one thread each,
-    are joblib's: ``RELUBOOK_JOBS`` or as many as there are cores.
+    Each finished cell is kept in ``NAME.partial``: an interrupted computation goes on from there,
+    unless its code, grid or seeds have changed. ``RELUBOOK_JOBS`` workers (by default one a core)
+    of one thread each compute.
     """
     joblib, tqdm = require("joblib", "stored results"), require("tqdm", "stored results")
     made, target = get(name), _folder(folder)
@@ -274,8 +260,8 @@ def compute(name: str, folder: Path | str | None = None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     first, last = made.seeds[0], made.seeds[-1]
     in_order = made.seeds == tuple(range(first, last + 1))
-    seeds = {"first": first, "last": last} if in_order else made.seeds
-    head: dict[str, Any] = {"name": name, "grid": dict(made.grid), "seeds": seeds}
+    head: dict[str, Any] = {"name": name, "grid": dict(made.grid)}
+    head["seeds"] = {"first": first, "last": last} if in_order else made.seeds
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {lib: importlib.metadata.version(lib) for lib in ("numpy", "scikit-learn")}
     head |= {"fingerprint": made.fingerprint(), "versions": versions}
@@ -290,9 +276,9 @@ def compute(name: str, folder: Path | str | None = None) -> Path:
             done[key] = measured, took
             print(json.dumps((key, measured, took)), file=file, flush=True)
     date, duration = datetime.datetime.now(datetime.UTC).date(), sum(t for _, t in done.values())
-    data = {**head, "date": date.isoformat(), "duration": round(duration, 1)}
+    head |= {"date": date.isoformat(), "duration": round(duration, 1)}
     # One line an entry and cell, so that a changed cell is one changed line.
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     cells = ({"at": dict(zip(made.grid, k, strict=True)), "measured": done[k][0]} for k in points)
     lines.append(' "cells": [\n  ' + ",\n  ".join(map(json.dumps, cells)) + "\n ]")
     write_whole(target / f"{name}.json", "{\n" + ",\n".join(lines) + "\n}\n")

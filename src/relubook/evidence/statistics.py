@@ -1,4 +1,8 @@
-"""Intervals for independent samples: the network is the sample."""
+"""Intervals for independent samples: the network is the sample.
+
+Samples are one finite number a network, shape (n,) with n >= 2; ``confidence`` is the coverage,
+strictly between 0 and 1. ValueError otherwise.
+"""
 
 import math
 import os
@@ -8,14 +12,8 @@ from typing import Any, TypeVar
 
 from relubook._optional import require
 
-__all__ = [
-    "Estimate",
-    "mean_interval",
-    "median_interval",
-    "paired_interval",
-    "proportion_interval",
-    "scale",
-]
+__all__ = ["Estimate", "mean_interval", "median_interval", "paired_interval"]
+__all__ += ["proportion_interval", "scale"]
 
 T = TypeVar("T")
 Samples = Sequence[float] | Any
@@ -42,9 +40,7 @@ class Estimate:
 def scale(*, quick: T, full: T) -> T:
     """Choose the size of an experiment: ``quick`` in a notebook, ``full`` under ``make full``.
 
-    Raises:
-        ValueError: If the environment variable ``RELUBOOK_SCALE`` is neither ``quick`` (the
-            default) nor ``full``.
+    ValueError if the environment variable ``RELUBOOK_SCALE`` says neither of the two.
     """
     wanted = os.environ.get("RELUBOOK_SCALE", "quick")
     if wanted not in ("quick", "full"):
@@ -52,12 +48,14 @@ def scale(*, quick: T, full: T) -> T:
     return full if wanted == "full" else quick
 
 
-def _confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
+    """Raise ValueError unless a coverage lies strictly between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie strictly between 0 and 1, not {confidence!r}")
 
 
-def _samples(samples: Samples) -> Any:
+def _samples(samples: Samples, confidence: float) -> Any:
+    check_confidence(confidence)
     np = require("numpy", "intervals")
     values = np.asarray(samples, dtype=float)
     if values.ndim != 1:
@@ -71,17 +69,8 @@ def _samples(samples: Samples) -> Any:
 
 
 def mean_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the mean of independent samples with Student's interval, exact for normal ones.
-
-    Args:
-        samples: One number a network, shape (n,), n >= 2.
-        confidence: Coverage, strictly between 0 and 1.
-
-    Raises:
-        ValueError: If there are fewer than two samples, or one is NaN or infinite.
-    """
-    _confidence(confidence)
-    stats, values = require("scipy.stats", "intervals"), _samples(samples)
+    """Return the mean of samples with Student's interval, exact for normal ones."""
+    stats, values = require("scipy.stats", "intervals"), _samples(samples, confidence)
     mean, error = values.mean(), stats.sem(values)
     low = high = mean
     if error:
@@ -90,19 +79,11 @@ def mean_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
 
 
 def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """Return a share with Clopper and Pearson's exact interval.
+    """Return the share of successes among n >= 1 trials with Clopper and Pearson's exact interval.
 
     After 0 successes its upper end is about ``3.7 / n`` (two-sided, at 95%).
-
-    Args:
-        successes: How many of the independent trials succeeded.
-        n: Number of independent trials, at least 1.
-        confidence: Coverage, strictly between 0 and 1.
-
-    Raises:
-        ValueError: If not ``0 <= successes <= n`` with ``n >= 1``.
     """
-    _confidence(confidence)
+    check_confidence(confidence)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a share must have 0 <= successes <= n, n >= 1, not {successes} of {n}")
     proportion = require("statsmodels.stats.proportion", "intervals of proportions")
@@ -111,20 +92,13 @@ def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> 
 
 
 def median_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the median of independent samples with an interval that assumes no distribution.
+    """Return the median of samples, n >= 6 at 95%, with an interval that assumes no distribution.
 
-    It is the sign test turned round; its ends are two of the samples.
-
-    Args:
-        samples: One number a network or repeat, shape (n,), n >= 6 at 95%.
-        confidence: Coverage, strictly between 0 and 1; the interval's is this or more.
-
-    Raises:
-        ValueError: If there are too few samples for that coverage, or one is NaN or infinite.
+    It is the sign test turned round: its ends are two of the samples, its coverage is the wanted
+    one or more. ValueError if there are too few samples for it.
     """
-    _confidence(confidence)
     np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
-    values = _samples(samples)
+    values = _samples(samples, confidence)
     middle = float(np.median(values))
     low, high = stats.quantile_test(values, q=middle, p=0.5).confidence_interval(confidence)
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -138,23 +112,13 @@ def paired_interval(first: Samples, second: Samples, *, confidence: float = 0.95
 
     Truth values (collapsed or not) give the difference of the two shares with the adjusted
     interval of Bonett and Price, which holds its level for few samples and shares near 0 too;
-    numbers give Student's interval of the differences.
+    numbers give Student's interval of the differences. ValueError if the lengths differ.
 
-    Args:
-        first: One number or truth value a network, shape (n,), n >= 2.
-        second: The same networks (seeds) under the other remedy, shape (n,).
-        confidence: Coverage, strictly between 0 and 1.
-
-    Raises:
-        ValueError: If the lengths differ, there are fewer than two, or one is NaN or infinite.
-
-    Source:
-        Bonett and Price 2012, https://doi.org/10.3102/1076998611411915
+    Source: Bonett and Price 2012, https://doi.org/10.3102/1076998611411915
     """
-    _confidence(confidence)
     np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
     truths = all(np.asarray(sample).dtype == bool for sample in (first, second))
-    a, b = _samples(first), _samples(second)
+    a, b = _samples(first, confidence), _samples(second, confidence)
     if len(a) != len(b):
         raise ValueError(f"paired samples must have one length, not {len(a)} and {len(b)}")
     if not truths:

@@ -14,16 +14,12 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Time functions in turn, A B C A B C, so that a slow moment of the machine hits all alike.
 
+    Returns seconds of processor time per call, all threads together, one number a round, by name.
+
     Args:
-        functions: What to time, by name; each takes no argument.
+        functions: What to time, by name, at least one; each takes no argument.
         repeats: Number of rounds, at least 1, after one round that is not counted.
         calls: Calls a round, at least 1; raise it for functions of microseconds.
-
-    Returns:
-        Seconds of processor time per call, one number a round, by name; each thread's counts.
-
-    Raises:
-        ValueError: If there is nothing to time, or ``repeats`` or ``calls`` is below 1.
     """
     if not functions:
         raise ValueError("functions must name at least one function: there is nothing to time")

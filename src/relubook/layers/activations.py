@@ -15,27 +15,18 @@ from relubook.layers._options import canonical, check_options, nearest
 from relubook.layers.maxout import MaxPieces
 
 __all__ = [
-    "MODULES", "REGISTRY", "Activation", "Elementwise", "activation", "activation_names",
-    "registered", "relu_with_derivative_at_zero", "squared_relu", "step",
+    "MODULES", "REGISTRY", "Activation", "Elementwise", "activation", "registered",
+    "relu_with_derivative_at_zero", "squared_relu", "step",
 ]  # fmt: skip
 
 
 def squared_relu(input: Tensor) -> Tensor:
-    """Return ``max(0, input) ** 2``, elementwise; its derivative at 0 is 0 on both sides.
-
-    Source: So et al. 2021, "Primer", https://arxiv.org/abs/2109.08668
-    """
+    """Return ``max(0, input) ** 2``, elementwise; its derivative at 0 is 0 on both sides."""
     return torch.relu(input).square()
 
 
 def step(input: Tensor) -> Tensor:
-    """Return 1 where ``input > 0`` and 0 elsewhere, with a derivative of 0 everywhere.
-
-    NaN stays NaN. The result is part of the autograd graph, so that a backward pass runs and
-    shows the zero gradient, instead of failing.
-
-    Source: McCulloch and Pitts 1943, https://doi.org/10.1007/BF02478259
-    """
+    """Return 1 where ``input > 0``, else 0 (NaN for NaN), with a derivative of 0 for autograd."""
     return input.clamp(0, 1).ceil()
 
 
@@ -43,12 +34,9 @@ def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor
     """Return ``max(0, input)`` with a chosen derivative where the input is exactly 0.
 
     With the values 0, 0.5 and 1 the gradients are those of ``torch.relu(x)``,
-    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. NaN stays NaN.
-
-    Args:
-        input: Any shape, floating point; TypeError otherwise.
-        value: The derivative at 0, a finite number or a tensor of them that expands to the input's
-            shape, such as one a network; ValueError otherwise. No gradient reaches it.
+    ``torch.maximum(x, zeros)`` and ``x.clamp(min=0)``. NaN stays NaN. The input may have any shape;
+    TypeError unless it is floating point. The value, which no gradient reaches, is a number or a
+    tensor that expands to the input's shape, such as one a network; ValueError unless finite.
 
     Source: Bertoin et al. 2021, https://arxiv.org/abs/2106.12915, ask which value is best.
     """
@@ -91,13 +79,10 @@ class Activation:
     """What the book knows of one activation function.
 
     Attributes:
-        name: Its name in the registry, such as ``"leaky_relu"``.
         module: The class, or the function, that :func:`activation` builds on.
         formula: LaTeX, in ``x``, without dollar signs.
         limits: Limits of the function for x to minus and plus infinity.
         derivative_at_zero: What autograd returns at 0, by default (``rrelu``: in evaluation mode).
-        paper: Authors and year.
-        url: DOI or arXiv address of the paper.
         initializer: Name in ``relubook.layers.initializers`` or ``torch.nn.init``. It keeps the
             second moment from layer to layer for ReLU, absolute value, step and SELU, nearly so
             for the leaky ones, and goes with the others by custom.
@@ -189,11 +174,6 @@ _ENTRY_OF = {entry.module: entry for entry in _ENTRIES} | {
 }
 
 
-def activation_names() -> tuple[str, ...]:
-    """Return the names of the registry, in its order."""
-    return tuple(REGISTRY)
-
-
 def registered(what: Any) -> Activation | None:
     """Return the registry's entry for what :func:`activation` takes; None for a user's own."""
     if isinstance(what, str):
@@ -207,14 +187,11 @@ def activation(what: str | Callable[..., Any], /, **options: Any) -> nn.Module:
     """Build an activation as a module.
 
     Args:
-        what: A name (of :func:`activation_names`, in torch's spelling as ``"LeakyReLU"``, or
-            ``"maxout"``, the largest of neighboring features), a class, a module, which is copied
-            with its parameters, or a function from tensor to tensor of the same shape.
-        **options: What the class or the function takes beyond the tensor.
-
-    Raises:
-        ValueError: If the name is unknown, or an option is not a finite number.
-        TypeError: If it has no such option, needs one that is missing, or is none of the above.
+        what: A name (in :data:`REGISTRY`, in torch's spelling as ``"LeakyReLU"``, or ``"maxout"``,
+            the largest of neighboring features; ValueError otherwise), a class, a module, which is
+            copied with its parameters, or a function from tensor to tensor of the same shape.
+        **options: What it takes beyond the tensor: TypeError if one is unknown or missing,
+            ValueError if one is not a finite number.
 
     >>> activation("leaky_relu", negative_slope=0.1)
     LeakyReLU(negative_slope=0.1)

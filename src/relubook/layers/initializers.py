@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from relubook.layers._options import canonical, check_options, nearest, signature_of
 
 __all__ = [
-    "he_normal_", "he_uniform_", "initialize_", "initializer", "initializer_names",
-    "lecun_normal_", "lecun_uniform_", "rai_", "truncated_normal_", "uniform_",
+    "he_normal_", "he_uniform_", "initialize_", "initializer", "lecun_normal_", "lecun_uniform_",
+    "rai_", "truncated_normal_", "uniform_",
 ]  # fmt: skip
 
 Generator = torch.Generator | None
@@ -25,10 +25,7 @@ he_normal_, he_uniform_ = nn.init.kaiming_normal_, nn.init.kaiming_uniform_
 
 
 def lecun_normal_(tensor: Tensor, *, generator: Generator = None) -> Tensor:
-    """Fill a weight with N(0, 1 / fan_in), the start that SELU asks for.
-
-    Source: LeCun et al. 1998, Efficient BackProp; Klambauer et al. 2017, arXiv 1706.02515.
-    """
+    """Fill a weight with N(0, 1 / fan_in): LeCun et al. 1998; for SELU, arXiv 1706.02515."""
     return nn.init.kaiming_normal_(tensor, nonlinearity="linear", generator=generator)
 
 
@@ -40,8 +37,7 @@ def lecun_uniform_(tensor: Tensor, *, generator: Generator = None) -> Tensor:
 def uniform_(tensor: Tensor, bound: float | None = None, *, generator: Generator = None) -> Tensor:
     """Fill a weight with U(-bound, bound); ValueError unless it is positive and finite.
 
-    By default the bound is 1 / sqrt(fan_in), which is what ``nn.Linear`` draws: a variance of
-    1 / (3 fan_in), a sixth of He's.
+    By default 1 / sqrt(fan_in), as ``nn.Linear`` draws: a variance of 1 / (3 fan_in), He's / 6.
     """
     bound = 1 / math.sqrt(_fan_in(tensor)) if bound is None else _positive("bound", bound)
     return nn.init.uniform_(tensor, -bound, bound, generator)
@@ -52,9 +48,8 @@ def truncated_normal_(
 ) -> Tensor:
     """Fill a weight with a normal draw cut off symmetrically, of exactly the stated spread.
 
-    Cutting N(0, s^2) at ``cut`` of its deviations takes away some variance; s is enlarged so that
-    what remains has the deviation ``std`` (at cut 2 by 1 / 0.8796), by default He's
-    sqrt(2 / fan_in). ValueError unless both are positive and finite.
+    N(0, s^2) is cut at ``cut`` of its deviations, with s such that what remains has the deviation
+    ``std``, by default He's sqrt(2 / fan_in). ValueError unless both are positive and finite.
     """
     std = math.sqrt(2 / _fan_in(tensor)) if std is None else _positive("std", std)
     density = math.exp(-(_positive("cut", cut) ** 2) / 2) / math.sqrt(2 * math.pi)
@@ -65,9 +60,8 @@ def truncated_normal_(
 def rai_(weight: Tensor, bias: Tensor, generator: Generator = None) -> None:
     """Fill weight and bias by randomized asymmetric initialization.
 
-    For every unit the fan_in weights and the bias are drawn from N(0, 0.6007^2 / fan_in); then
-    one of these fan_in + 1 numbers, chosen at random, is replaced by a draw from Beta(2, 1), which
-    is positive. 0.6007 keeps the second moment of the layer's output.
+    A unit's weights and bias are drawn from N(0, 0.6007^2 / fan_in), which keeps the second moment;
+    then one of them, chosen at random, is replaced by a draw from Beta(2, 1), which is positive.
 
     Source: Lu, Shin, Su, Karniadakis, arXiv 1903.06733.
     """
@@ -101,29 +95,19 @@ _TABLE: dict[str, Callable[..., Any]] = {
 _KNOWN = {canonical(name): name for name in _TABLE}
 
 
-def initializer_names() -> list[str]:
-    """Return the names that :func:`initializer` takes, synonyms included."""
-    return list(_TABLE)
-
-
 def initializer(what: str | Callable[..., Any], /, **options: Any) -> Callable[..., None]:
     """Return a function ``init(weight, bias=None, generator=None)`` that fills a layer in place.
 
+    ``init`` raises ValueError if shapes do not fit, or a function returns another tensor.
+
     Args:
-        what: One of
-
-            * a name of :func:`initializer_names`, with or without torch's trailing underscore;
-              ``"torch"`` draws what ``nn.Linear`` draws, bias included, ``"rai"`` draws weight
-              and bias together, and all others set the bias to zero;
-            * a function ``f(weight)`` that fills the weight in place; it gets ``generator=`` if it
-              has such a parameter, else runs under a seed drawn from it; the bias becomes zero;
-            * a function ``f(weight, bias, generator)`` that fills both.
-        **options: What else the initializer takes, such as ``a=0.01`` for ``"he_normal"``.
-
-    Raises:
-        ValueError: If the name is unknown, or an option is not a finite number; by ``init``, if
-            the shapes do not fit, ``"rai"`` lacks a bias, or a function returns another tensor.
-        TypeError: If it has no such option, needs one that is missing, or is none of the above.
+        what: A name, with or without torch's trailing underscore (``"torch"`` draws what
+            ``nn.Linear`` draws, bias included, ``"rai"`` draws weight and bias together, all others
+            set the bias to zero); a function ``f(weight)`` that fills the weight in place, which
+            gets ``generator=`` if it has such a parameter, else runs under a seed drawn from it; or
+            a function ``f(weight, bias, generator)`` that fills both.
+        **options: What else it takes, such as ``a=0.01`` for ``"he_normal"``: TypeError if one is
+            unknown or missing, ValueError if one is not a finite number.
     """
     if isinstance(what, str):
         name = what if what in _TABLE else _KNOWN.get(canonical(what))

@@ -18,8 +18,6 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
 
     Where several pieces attain the maximum, autograd shares the gradient equally among them.
     ValueError if the dimension is not a multiple of ``pieces``.
-
-    Source: Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
     """
     _check_at_least_one(pieces=pieces)
     if input.shape[dim] % pieces:
@@ -50,22 +48,16 @@ class Maxout(nn.Module):
     """A dense layer of maxout units, h_i = max_j (x . w_ij + b_ij): (..., in) to (..., out).
 
     With one piece it is ``nn.Linear``. A unit is convex and piecewise linear; its gradient goes
-    to the piece that is largest, so that it is never 0 for want of a slope.
+    to the piece that is largest, so that it is never 0 for want of a slope. The weight has shape
+    (out_features * pieces, in_features): the pieces of a unit are neighbors.
 
     Args:
-        in_features, out_features, pieces: Size of an input, number of units and of their pieces.
-        bias: Whether the pieces have a bias.
+        in_features, out_features, pieces: Size of an input, number of units and of their pieces,
+            each at least 1; ValueError otherwise.
+        bias, device, dtype: As for ``nn.Linear``.
         initializer: What ``relubook.layers.initializers.initializer`` takes. LeCun's normal draw
             keeps the second moment of the layer's output at two pieces.
         generator: Source of the randomness.
-        device, dtype: Those of the parameters.
-
-    Attributes:
-        weight: Shape (out_features * pieces, in_features); the pieces of a unit are neighbors.
-        bias: Shape (out_features * pieces,), or None.
-
-    Raises:
-        ValueError: If a size is below 1.
 
     Source: Goodfellow et al. 2013, Maxout networks, https://arxiv.org/abs/1302.4389
     """
