@@ -15,7 +15,7 @@ anywhere in the box:
 [True, False, True]
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, inf, prod
 from typing import Any, NamedTuple
@@ -39,17 +39,12 @@ _TRANSPOSED = _kinds("ConvTranspose")
 _LINEAR = (nn.Linear, *_kinds("Conv"), *_TRANSPOSED)
 _BATCH_NORMS = _kinds("BatchNorm")
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
-_AVERAGING = _kinds("AvgPool", "AdaptiveAvgPool")
 _RESHAPING = (nn.Flatten, nn.Unflatten)
+# Monotone functions that return one of their inputs or a constant, so that they do not round.
+_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, *_RESHAPING, *_kinds("MaxPool", "AdaptiveMaxPool"))
 _SMOOTH: tuple[Any, ...] = (
     *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.Tanh),
     *(nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardsigmoid),
-)
-# Monotone functions that return one of their inputs or a constant, so that they do not round.
-_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, *_RESHAPING, *_kinds("MaxPool", "AdaptiveMaxPool"))
-_SUPPORTED = (
-    *(*_LINEAR, *_BATCH_NORMS, *_DROPOUTS, *_AVERAGING, *_SMOOTH, *_EXACT),
-    *(nn.Hardtanh, nn.Threshold, nn.PReLU, nn.Sequential),
 )
 
 
@@ -59,9 +54,9 @@ class CertifiedSite:
 
     Attributes:
         name: Qualified name of the rectifier, or its place in the list of layers.
-        kind: Class of the rectifier in lower case, such as ``"relu"``.
+        kind: Its class in lower case, such as ``"relu"``.
         certified: Bool, ``(units,)``: which units are silent on every input of the box.
-        upper: Float64, ``(units,)``: bound on the unit's pre-activation over box and positions.
+        upper: Float64, ``(units,)``: bound on the pre-activation over box and positions.
     """
 
     name: str
@@ -112,16 +107,16 @@ def certify_dead(
     **Rounding.** The bounds hold for what the model itself computes. They are evaluated in float64
     and widened by the a-priori error of a sum of n products in any order, n u / (1 - n u) times
     the sum of the absolute products (Higham, Accuracy and Stability of Numerical Algorithms,
-    chapter 3), for the model's own u and for float64's. The box is widened by the rounding of its
-    corners. Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a lowered
-    matmul precision: pass a larger ``unit_roundoff`` for these.
+    chapter 3), for the model's own u and for float64's; the box by the rounding of its corners.
+    Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul
+    precision: pass a larger ``unit_roundoff`` for these.
 
     Args:
         model_or_layers: An ``nn.Sequential`` (nested ones too), one layer, or layers in the order
-            of execution. Supported are linear layers and convolutions (also transposed), batch
-            norm with running statistics, ReLU, ReLU6, Hardtanh, Threshold, monotone activations
-            (LeakyReLU, PReLU, ELU, SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid,
-            Hardsigmoid), max and average pooling, Flatten, Unflatten, Dropout and Identity.
+            of execution: linear layers, convolutions (also transposed), batch norm with running
+            statistics, ReLU, ReLU6, Hardtanh, Threshold, monotone activations (LeakyReLU, PReLU,
+            ELU, SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid, Hardsigmoid), max and
+            average pooling, Flatten, Unflatten, Dropout and Identity.
         low: Lower corner of the box: a number, or a tensor that broadcasts to one input's shape
             (without the batch).
         high: Upper corner, likewise.
@@ -130,14 +125,11 @@ def certify_dead(
         unit_roundoff: Relative error of one operation of the model; by default half the ``eps`` of
             its coarsest parameter type, 2^-24 for float32.
 
-    Returns:
-        A :class:`Certificate`.
-
     Raises:
         TypeError: If a layer is not supported, or the box holds no numbers.
-        ValueError: If the box is empty (low > high), not finite, or does not fit the first layer;
-            if a layer is in training mode where that matters, has hooks or parameters that are
-            not finite; if there is no rectifier that can be silent.
+        ValueError: If the box is empty (low > high), not finite or of another shape; if a layer is
+            in training mode where that matters, has hooks or parameters that are not finite; if
+            there is no rectifier that can be silent.
     """
     layers = list(_flat(model_or_layers))
     if not any(_can_be_silent(layer) for _, layer in layers):
@@ -150,41 +142,36 @@ def certify_dead(
             raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
         u = max(unit_roundoff, 2.0**-53)
     arithmetic = _Arithmetic(u, min(k.max for k in kinds), max(k.tiny for k in kinds))
-    box = arithmetic.widen(_box(layers, low, high, input_shape), 1)
+    box = arithmetic.widen(_box(layers[0][1], low, high, input_shape), 1)
     sites, dim = [], -1
     with torch.no_grad():
         for name, layer in layers:
+            kind = type(layer).__name__
             if _can_be_silent(layer):
                 upper = box.high.movedim(dim, 0).flatten(1).amax(1)
                 limit = _below(layer.threshold, u) if isinstance(layer, nn.Threshold) else 0.0
-                kind = type(layer).__name__.lower()
-                sites.append(CertifiedSite(name, kind, upper <= limit, upper))
+                sites.append(CertifiedSite(name, kind.lower(), upper <= limit, upper))
             if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, *_RESHAPING)):
                 dim = -1 if isinstance(layer, (nn.Linear, *_RESHAPING)) else 1
             try:
                 box = arithmetic.apply(layer, box)
             except RuntimeError as error:
+                shape = tuple(box.low.shape[1:])
                 raise ValueError(
-                    f"layer {name!r} ({type(layer).__name__}) does not take an input of the shape "
-                    f"{tuple(box.low.shape[1:])}: {error}"
+                    f"layer {name!r} ({kind}) does not take an input of the shape {shape}: {error}"
                 ) from error
     return Certificate(tuple(sites))
 
 
-# --- what is given ----------------------------------------------------------------------------
-
-
 def _flat(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names and layers in the order of execution, checked, without the containers."""
-    if is_plain(layers, (nn.Sequential,)):
-        if layers._forward_hooks or layers._forward_pre_hooks:
-            raise ValueError(f"{prefix or 'the model'!r} has forward hooks")
-        children = list(layers._modules.items())  # an activation may stand in several places
-    elif isinstance(layers, nn.Module):
+    if isinstance(layers, nn.Module):
         name = prefix or type(layers).__name__.lower()
         _check(name, layers)
-        yield name, layers
-        return
+        if not isinstance(layers, nn.Sequential):
+            yield name, layers
+            return
+        children = list(layers._modules.items())  # an activation may stand in several places
     elif isinstance(layers, Iterable) and not prefix:
         children = [(str(i), layer) for i, layer in enumerate(layers)]
     else:
@@ -196,9 +183,10 @@ def _flat(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check(name: str, layer: Any) -> None:
-    if not is_plain(layer, _SUPPORTED):
-        supported = ", ".join(sorted({kind.__name__ for kind in _SUPPORTED}))
-        raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {supported}")
+    supported = (nn.Sequential, *(kind for kinds, _ in _RULES for kind in kinds))
+    if not is_plain(layer, supported):
+        names = ", ".join(sorted({kind.__name__ for kind in supported}))
+        raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {names}")
     alpha, beta, slope = (getattr(layer, k, 1) for k in ("alpha", "beta", "negative_slope"))
     batch = isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None)
     random = isinstance(layer, _DROPOUTS) and layer.training and layer.p > 0
@@ -224,44 +212,29 @@ def _can_be_silent(layer: Any) -> bool:
 
 
 def _box(
-    layers: list[tuple[str, Any]],
-    low: float | Tensor,
-    high: float | Tensor,
-    shape: Sequence[int] | None,
+    first: Any, low: float | Tensor, high: float | Tensor, shape: Sequence[int] | None
 ) -> "_Box":
-    name, first = layers[0]
     corners = []
     for side, corner in (("low", low), ("high", high)):
         if isinstance(corner, bool) or not isinstance(corner, int | float | Tensor):
             raise TypeError(f"{side} is a {type(corner).__name__}, not a number or a tensor")
-        corners.append(torch.as_tensor(corner).detach().to("cpu", torch.float64))
+        corners.append(_double(torch.as_tensor(corner)))
         if not bool(corners[-1].isfinite().all()):
             raise ValueError(f"{side} is not finite everywhere")
-    if shape is None and any(corner.dim() for corner in corners):
-        shape = ()
-    elif shape is None and isinstance(first, nn.Linear):
-        shape = (first.in_features,)
-    elif shape is None:
-        raise ValueError(
-            "low and high do not tell the shape of an input: pass input_shape=, without the batch"
-        )
+    if shape is None:
+        are_numbers = not any(corner.dim() for corner in corners)
+        if are_numbers and not isinstance(first, nn.Linear):
+            raise ValueError("numbers do not tell the shape of an input: pass input_shape=")
+        shape = (first.in_features,) if are_numbers else ()
     try:
-        shape = tuple(torch.broadcast_shapes(shape, *(corner.shape for corner in corners)))
+        lower, upper, _ = torch.broadcast_tensors(*corners, torch.empty(shape))
     except RuntimeError as error:
         raise ValueError(f"the shapes of low, high and the input do not fit: {error}") from None
-    lower, upper = (corner.expand(shape) for corner in corners)
     wrong = (lower > upper).nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
         raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
-    if isinstance(first, nn.Linear) and shape[-1:] != (first.in_features,):
-        raise ValueError(f"an input has the shape {shape}; {name!r} takes {first.in_features}")
-    if isinstance(first, _LINEAR[1:]) and len(shape) != (dims := len(first.kernel_size) + 1):
-        raise ValueError(f"an input has the shape {shape}; {name!r} takes {dims} dimensions")
     return _Box(lower[None], upper[None])
-
-
-# --- interval arithmetic ----------------------------------------------------------------------
 
 
 class _Box(NamedTuple):
@@ -301,77 +274,92 @@ class _Arithmetic:
 
     def apply(self, layer: Any, box: _Box) -> _Box:
         """Bounds behind a layer; none for any value once they are lost for one."""
+        rule = next(rule for kinds, rule in _RULES if isinstance(layer, kinds))
         if bool(box.size.isfinite().all()):
-            return self.bound(layer, box)
+            return rule(self, layer, box)
         zeros = torch.zeros_like(box.low)
-        return _unbounded(self.bound(layer, _Box(zeros, zeros)).low)
+        return _unbounded(rule(self, layer, _Box(zeros, zeros)).low)
 
-    def bound(self, layer: Any, box: _Box) -> _Box:
-        """Bounds behind a layer, by the rule for its kind."""
-        rules: dict[Any, Any] = {_LINEAR: self.linear, _BATCH_NORMS: self.batch_norm}
-        for kinds, rule in (rules | {nn.PReLU: self.prelu, nn.Threshold: self.threshold}).items():
-            if isinstance(layer, kinds):
-                return rule(layer, box)
-        if isinstance(layer, _DROPOUTS):
-            return box
-        ends = _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
-        if isinstance(layer, _EXACT):
-            return ends
-        if isinstance(layer, nn.Hardtanh):  # the limits may be rounded
-            return self.widen(ends, 1)
-        if isinstance(layer, _AVERAGING):
-            return self.widen(ends, prod(box.low.shape[2:]) + 2, layer(box.size))
+    def keep(self, layer: Any, box: _Box) -> _Box:
+        return box
+
+    def exact(self, layer: Any, box: _Box) -> _Box:
+        return _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
+
+    def hardtanh(self, layer: Any, box: _Box) -> _Box:
+        return self.widen(self.exact(layer, box), 1)  # the limits may be rounded
+
+    def average(self, layer: Any, box: _Box) -> _Box:
+        return self.widen(self.exact(layer, box), prod(box.low.shape[2:]) + 2, layer(box.size))
+
+    def smooth(self, layer: Any, box: _Box) -> _Box:
         # Implementations differ by some units in the last place, relative to 1 where the formula
         # subtracts 1 (elu, sigmoid by tanh); softplus jumps by exp(-threshold) at its threshold.
-        scale, slack = max(getattr(layer, "alpha", 1.0), 2.0), 0.0
-        if isinstance(layer, nn.Softplus):
-            scale, slack = 2.0 / layer.beta, exp(-layer.threshold) / layer.beta
-        ends = _Box(ends.low - slack, ends.high + slack)
-        return self.widen(ends, 16, ends.size + scale)
+        alpha, beta = getattr(layer, "alpha", 1.0), getattr(layer, "beta", 1.0)
+        slack = exp(-layer.threshold) / beta if isinstance(layer, nn.Softplus) else 0.0
+        low, high = self.exact(layer, box)
+        ends = _Box(low - slack, high + slack)
+        return self.widen(ends, 16, ends.size + max(alpha, 2 / beta, 2.0))
 
     def prelu(self, layer: Any, box: _Box) -> _Box:
-        slope = _double(layer.weight)
-        ends = F.prelu(box.low, slope), F.prelu(box.high, slope)
-        low = torch.minimum(*ends)  # a negative slope has its least value at 0
-        low = torch.where((box.low < 0) & (box.high > 0), low.clamp(max=0), low)
-        return self.widen(_Box(low, torch.maximum(*ends)), 3)
+        zero = torch.zeros_like(box.low).clamp(*box)  # the least value, where the slope is negative
+        values = torch.stack([F.prelu(x, _double(layer.weight)) for x in (*box, zero)])
+        return self.widen(_Box(values.amin(0), values.amax(0)), 3)
 
     def linear(self, layer: Any, box: _Box) -> _Box:
+        taps = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+        if not taps and box.low.shape[-1] != layer.in_features:
+            raise RuntimeError(f"it takes {layer.in_features} features")
+        if taps and box.low.dim() != taps + 2:
+            raise RuntimeError(f"it takes {taps + 1} dimensions")
         weight = _double(layer.weight)
         center, radius = (box.high + box.low) / 2, (box.high - box.low) / 2
         middle, spread = _product(layer, center, weight), _product(layer, radius, weight.abs())
         size = _product(layer, center.abs() + radius, weight.abs())
         if layer.bias is not None:
-            shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)))
-            bias = _double(layer.bias).reshape(shape)
+            bias = _double(layer.bias).reshape(-1, *[1] * taps)
             middle, size = middle + bias, size + bias.abs()
-        terms = 3 + weight[0].numel()
+        terms = weight[0].numel()
         if isinstance(layer, _TRANSPOSED):
-            terms = 3 + weight[:, 0].numel() // layer.groups
-        exact = _Box(middle - spread, middle + spread)
-        return self.widen(exact, terms, size, float(weight.abs().max()))
+            terms = weight[:, 0].numel() // layer.groups
+        bounds = _Box(middle - spread, middle + spread)
+        return self.widen(bounds, 3 + terms, size, float(weight.abs().max()))
 
     def batch_norm(self, layer: Any, box: _Box) -> _Box:
-        shape = (1, -1, *[1] * (box.low.dim() - 2))
-        mean = _double(layer.running_mean).reshape(shape)
-        scale = (1 / (_double(layer.running_var) + layer.eps).sqrt()).reshape(shape)
-        shift = torch.zeros_like(mean)
+        def per_channel(values: Tensor) -> Tensor:
+            return _double(values).reshape(1, -1, *[1] * (box.low.dim() - 2))
+
+        mean = per_channel(layer.running_mean)
+        scale, shift = 1 / (per_channel(layer.running_var) + layer.eps).sqrt(), mean * 0
         if layer.affine:
-            scale = scale * _double(layer.weight).reshape(shape)
-            shift = _double(layer.bias).reshape(shape)
-        ends = [(end - mean) * scale + shift for end in (box.low, box.high)]
+            scale, shift = scale * per_channel(layer.weight), per_channel(layer.bias)
+        ends = [(end - mean) * scale + shift for end in box]
         size = (box.size + mean.abs()) * scale.abs() + shift.abs()
-        exact = _Box(torch.minimum(*ends), torch.maximum(*ends))
-        return self.widen(exact, 12, size, float(scale.abs().max()))
+        bounds = _Box(torch.minimum(*ends), torch.maximum(*ends))
+        return self.widen(bounds, 12, size, float(scale.abs().max()))
 
     def threshold(self, layer: nn.Threshold, box: _Box) -> _Box:
         below, above = _below(layer.threshold, self.u), -_below(-layer.threshold, self.u)
         passes, stops = box.high > below, box.low <= above
         value = torch.full_like(box.low, layer.value)
-        low = torch.where(passes, box.low.clamp(min=below).minimum(value), value)
-        high = torch.where(stops, box.high.maximum(value), box.high)
-        low, high = torch.where(stops, low, box.low), torch.where(passes, high, value)
-        return self.widen(_Box(low, high), 1)
+        low = torch.where(passes, box.low.clamp(min=below), inf)
+        high = torch.where(passes, box.high, -inf)
+        low = low.minimum(torch.where(stops, value, inf))
+        return self.widen(_Box(low, high.maximum(torch.where(stops, value, -inf))), 1)
+
+
+# The first that fits holds: ReLU6 is a Hardtanh.
+_RULES: tuple[tuple[tuple[Any, ...], Callable[[_Arithmetic, Any, _Box], _Box]], ...] = (
+    (_LINEAR, _Arithmetic.linear),
+    (_BATCH_NORMS, _Arithmetic.batch_norm),
+    (_DROPOUTS, _Arithmetic.keep),
+    (_EXACT, _Arithmetic.exact),
+    (_SMOOTH, _Arithmetic.smooth),
+    (_kinds("AvgPool", "AdaptiveAvgPool"), _Arithmetic.average),
+    ((nn.Hardtanh,), _Arithmetic.hardtanh),
+    ((nn.PReLU,), _Arithmetic.prelu),
+    ((nn.Threshold,), _Arithmetic.threshold),
+)
 
 
 def _unbounded(like: Tensor) -> _Box:
