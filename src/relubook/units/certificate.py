@@ -1,8 +1,7 @@
 """Prove by interval bounds that a unit is silent on every input of a box.
 
-A data set can only show that a unit was silent so far. :func:`certify_dead` bounds every
-pre-activation over a whole box of inputs; a unit whose upper bound is not positive cannot fire
-anywhere in the box:
+A data set can only show that a unit was silent so far; a unit whose bound on the pre-activation is
+not positive cannot fire anywhere in the box:
 
 >>> import torch
 >>> from torch import nn
@@ -100,16 +99,14 @@ def certify_dead(
 ) -> Certificate:
     """Find the units that are silent on every input x with low <= x <= high.
 
-    Every layer's values are bounded by intervals: for a linear layer, the positive weights meet
-    the upper and the negative ones the lower bounds of its inputs. For the first layer that is
-    exact; behind it the bounds ignore how units depend on each other, so they are sound but loose.
+    Every layer's values are bounded by intervals: exact for the first linear layer, sound but loose
+    behind it, since how units depend on each other is ignored.
 
-    **Rounding.** The bounds hold for what the model itself computes. They are evaluated in float64
-    and widened by the a-priori error of a sum of n products in any order, n u / (1 - n u) times
-    the sum of the absolute products (Higham, Accuracy and Stability of Numerical Algorithms,
-    chapter 3), for the model's own u and for float64's; the box by the rounding of its corners.
-    Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul
-    precision: pass a larger ``unit_roundoff`` for these.
+    The bounds hold for what the model itself computes: they are evaluated in float64 and widened
+    by the a-priori error of a sum of n products in any order, n u / (1 - n u) times the sum of the
+    absolute products (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3), for the
+    model's own u and for float64's; the box by the rounding of its corners. Not covered are
+    transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul precision.
 
     Args:
         model_or_layers: An ``nn.Sequential`` (nested ones too), one layer, or layers in the order
@@ -117,31 +114,29 @@ def certify_dead(
             statistics, ReLU, ReLU6, Hardtanh, Threshold, monotone activations (LeakyReLU, PReLU,
             ELU, SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid, Hardsigmoid), max and
             average pooling, Flatten, Unflatten, Dropout and Identity.
-        low: Lower corner of the box: a number, or a tensor that broadcasts to one input's shape
-            (without the batch).
+        low: Lower corner: a number, or a tensor that broadcasts to one input, without the batch.
         high: Upper corner, likewise.
         input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``;
             for numbers, the number of features of the linear layer that comes first.
         unit_roundoff: Relative error of one operation of the model; by default half the ``eps`` of
-            its coarsest parameter type, 2^-24 for float32.
+            its coarsest parameter type, 2^-24 for float32. Larger where the above is not covered.
 
     Raises:
         TypeError: If a layer is not supported, or the box holds no numbers.
-        ValueError: If the box is empty (low > high), not finite or of another shape; if a layer is
-            in training mode where that matters, has hooks or parameters that are not finite; if
-            there is no rectifier that can be silent.
+        ValueError: If the box is empty, not finite or of another shape, a layer is in training mode
+            where that matters or has hooks or parameters that are not finite, or no rectifier can
+            be silent.
     """
     layers = list(_flat(model_or_layers))
     if not any(_can_be_silent(layer) for _, layer in layers):
         raise ValueError("there is no rectifier that can be silent (ReLU, ReLU6, ...)")
-    kinds = [torch.finfo(p.dtype) for _, layer in layers for p in layer.parameters()]
-    kinds = kinds or [torch.finfo(torch.float32)]
-    u = max(kind.eps / 2 for kind in kinds)
-    if unit_roundoff is not None:
-        if not 0 <= unit_roundoff < 1:
-            raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
-        u = max(unit_roundoff, 2.0**-53)
-    arithmetic = _Arithmetic(u, min(k.max for k in kinds), max(k.tiny for k in kinds))
+    dtypes = {p.dtype for _, layer in layers for p in layer.parameters()} or {torch.float32}
+    kinds = list(map(torch.finfo, dtypes))
+    u = max(kind.eps / 2 for kind in kinds) if unit_roundoff is None else unit_roundoff
+    if not 0 <= u < 1:
+        raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
+    largest, tiny = min(kind.max for kind in kinds), max(kind.tiny for kind in kinds)
+    arithmetic = _Arithmetic(max(u, 2.0**-53), largest, tiny)
     box = arithmetic.widen(_box(layers[0][1], low, high, input_shape), 1)
     sites, dim = [], -1
     with torch.no_grad():
@@ -149,7 +144,7 @@ def certify_dead(
             kind = type(layer).__name__
             if _can_be_silent(layer):
                 upper = box.high.movedim(dim, 0).flatten(1).amax(1)
-                limit = _below(layer.threshold, u) if isinstance(layer, nn.Threshold) else 0.0
+                limit = arithmetic.below(getattr(layer, "threshold", 0.0))
                 sites.append(CertifiedSite(name, kind.lower(), upper <= limit, upper))
             if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, *_RESHAPING)):
                 dim = -1 if isinstance(layer, (nn.Linear, *_RESHAPING)) else 1
@@ -172,12 +167,12 @@ def _flat(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, layers
             return
         children = list(layers._modules.items())  # an activation may stand in several places
-    elif isinstance(layers, Iterable) and not prefix:
-        children = [(str(i), layer) for i, layer in enumerate(layers)]
-    else:
-        what = f"layer {prefix!r}" if prefix else "model_or_layers"
+    elif prefix or not isinstance(layers, Iterable):
+        what = f"layer {prefix!r} is" if prefix else "model_or_layers is"
         expected = "torch.nn.Module" if prefix else "module or a list"
-        raise TypeError(f"{what} is a {type(layers).__name__}, not a {expected}")
+        raise TypeError(f"{what} a {type(layers).__name__}, not a {expected}")
+    else:
+        children = [(str(i), layer) for i, layer in enumerate(layers)]
     for name, layer in children:
         yield from _flat(layer, f"{prefix}.{name}" if prefix else name)
 
@@ -249,13 +244,16 @@ class _Box(NamedTuple):
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-@dataclass(frozen=True)
-class _Arithmetic:
+class _Arithmetic(NamedTuple):
     """The model's precision: unit roundoff, largest and smallest normal number."""
 
     u: float
     largest: float
     tiny: float
+
+    def below(self, constant: float) -> float:
+        """A lower bound on a constant after rounding to the model's precision."""
+        return constant - abs(constant) * self.u * (1 + 2.0**-20)
 
     def widen(self, box: _Box, n: int, size: Tensor | None = None, factor: float = 1.0) -> _Box:
         """Widen by the error of sums of n terms whose absolute values add up to ``size``.
@@ -280,14 +278,8 @@ class _Arithmetic:
         zeros = torch.zeros_like(box.low)
         return _unbounded(rule(self, layer, _Box(zeros, zeros)).low)
 
-    def keep(self, layer: Any, box: _Box) -> _Box:
-        return box
-
     def exact(self, layer: Any, box: _Box) -> _Box:
         return _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
-
-    def hardtanh(self, layer: Any, box: _Box) -> _Box:
-        return self.widen(self.exact(layer, box), 1)  # the limits may be rounded
 
     def average(self, layer: Any, box: _Box) -> _Box:
         return self.widen(self.exact(layer, box), prod(box.low.shape[2:]) + 2, layer(box.size))
@@ -319,9 +311,8 @@ class _Arithmetic:
         if layer.bias is not None:
             bias = _double(layer.bias).reshape(-1, *[1] * taps)
             middle, size = middle + bias, size + bias.abs()
-        terms = weight[0].numel()
-        if isinstance(layer, _TRANSPOSED):
-            terms = weight[:, 0].numel() // layer.groups
+        transposed = isinstance(layer, _TRANSPOSED)
+        terms = weight[:, 0].numel() // layer.groups if transposed else weight[0].numel()
         bounds = _Box(middle - spread, middle + spread)
         return self.widen(bounds, 3 + terms, size, float(weight.abs().max()))
 
@@ -339,7 +330,7 @@ class _Arithmetic:
         return self.widen(bounds, 12, size, float(scale.abs().max()))
 
     def threshold(self, layer: nn.Threshold, box: _Box) -> _Box:
-        below, above = _below(layer.threshold, self.u), -_below(-layer.threshold, self.u)
+        below, above = self.below(layer.threshold), -self.below(-layer.threshold)
         passes, stops = box.high > below, box.low <= above
         value = torch.full_like(box.low, layer.value)
         low = torch.where(passes, box.low.clamp(min=below), inf)
@@ -352,11 +343,11 @@ class _Arithmetic:
 _RULES: tuple[tuple[tuple[Any, ...], Callable[[_Arithmetic, Any, _Box], _Box]], ...] = (
     (_LINEAR, _Arithmetic.linear),
     (_BATCH_NORMS, _Arithmetic.batch_norm),
-    (_DROPOUTS, _Arithmetic.keep),
+    (_DROPOUTS, lambda arithmetic, layer, box: box),
     (_EXACT, _Arithmetic.exact),
     (_SMOOTH, _Arithmetic.smooth),
     (_kinds("AvgPool", "AdaptiveAvgPool"), _Arithmetic.average),
-    ((nn.Hardtanh,), _Arithmetic.hardtanh),
+    ((nn.Hardtanh,), lambda a, layer, box: a.widen(a.exact(layer, box), 1)),  # limits round
     ((nn.PReLU,), _Arithmetic.prelu),
     ((nn.Threshold,), _Arithmetic.threshold),
 )
@@ -368,11 +359,6 @@ def _unbounded(like: Tensor) -> _Box:
 
 def _gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u) if n * u < 0.5 else inf
-
-
-def _below(constant: float, u: float) -> float:
-    """A lower bound on a constant after rounding to the model's precision."""
-    return constant - abs(constant) * u * (1 + 2.0**-20)
 
 
 def _double(tensor: Tensor) -> Tensor:
