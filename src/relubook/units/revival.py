@@ -42,6 +42,10 @@ OptimizerState = Literal["mixed", "zero", "mean"]
 
 # Optimizer state that holds a running size of the gradient; the rest of the state starts at zero.
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum", "exp_inf"}
+_MOVED = (
+    "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
+    "gets or returns, or the units are not silent on the batch"
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ class Change:
         before: Name of the batch norm in front of the rectifier that was reset, or None.
         consumers: Names of the layers whose weights for these units are now zero.
         folded: Those of the consumers whose bias took over the unit's constant.
-        gates: Names of the batch norms whose scale for these units is now zero, which stands in
-            for zero outgoing weights where the constant does not fit into a bias.
+        gates: Names of the batch norms whose scale is zero instead, see :func:`revive_`.
         silent: How many of the revived units are silent on the batch all the same.
     """
 
@@ -72,13 +75,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Left:
-    """A site with dead units that was left as it was.
-
-    Attributes:
-        site: Name of the site in the report.
-        units: Number of its dead units.
-        reason: Why they could not be revived, and what would help.
-    """
+    """A site whose dead units were left, their number, and why, and what would help."""
 
     site: str
     units: int
@@ -87,12 +84,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Revival:
-    """What :func:`revive_` changed and what it left; its text is a table.
-
-    Attributes:
-        changes: One entry for each repaired site, in execution order.
-        left: One entry for each site whose dead units were left untouched.
-    """
+    """What :func:`revive_` changed and what it left, by sites in execution order."""
 
     changes: tuple[Change, ...]
     left: tuple[Left, ...]
@@ -145,11 +137,9 @@ def revive_(
     units were silent: bit for bit, or up to rounding where a batch norm stands behind the
     rectifier. Such a norm turns the unit's 0 into a constant c, and the next layer's bias takes
     over c times the outgoing weights. Where that would be inexact (zero padding, no bias), the
-    norm's scale becomes 0 and its shift c instead, and the outgoing weights stay ("scale of" in
-    the repr). In training mode the function can change by what running and batch mean differ.
-
-    **The promise is verified.** The outputs on the batch must be the same before and after, with
-    all of the model's own hooks in place. A site whose repair moves them is put back and listed.
+    norm's scale becomes 0 and its shift c instead, and the outgoing weights stay. In training mode
+    the function can change by what running and batch mean differ. The outputs on the batch are
+    compared, with the model's own hooks; a site whose repair moves them is put back and listed.
 
     **Which layers come next** is observed in passes with noise in place of the layers' outputs, on
     the path that the batch takes. Left and listed with the reason: sums (residual connections),
@@ -157,31 +147,24 @@ def revive_(
     called more than once, share a weight, carry a parametrization, or are frozen.
 
     **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
-    that is not zero, from the second step on the incoming ones too. Call it between steps:
-    gradients stored from before are not touched.
-
-    **The optimizer.** For the changed entries alone, running averages of the gradient become 0.
-    Adam's step count belongs to the whole tensor and is kept: with second moments of 0 too, the
-    first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and rises to 6.6
-    times for a steady gradient (10 times for RMSprop). On outgoing weights such steps disturb the
-    function; incoming ones learn soon by them. Hence the choice for the second moments
-    (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
-
-    - "mixed": outgoing entries get the mean over the tensor's other entries; incoming ones 0.
-    - "zero": all get 0. "mean": all get the mean, and hardly learn for 1 / (1 - beta2) steps.
-
-    Other state returns to the optimizer's own start; Adafactor's rows and columns stay.
+    that is not zero, from the second step on the incoming ones too. For the changed entries, the
+    optimizer's running averages become 0. Adam's step count belongs to the whole tensor and is
+    kept: with second moments of 0 too, the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2
+    times the learning rate, and rises to 6.6 times for a steady gradient (10 times for RMSprop).
+    Incoming weights learn soon by such steps, but on outgoing ones they disturb the function, so
+    the second moments (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...) have a choice. Other
+    state returns to the optimizer's own start; Adafactor's rows and columns stay.
 
     Args:
-        model: The model, changed in place. Its mode, hooks and gradients stay as they are; the
-            passes run its hooks as any forward pass does.
+        model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
-            is the input, or a dict of keyword arguments. By default the report's ``example``, the
-            first batch that ``diagnose`` ran.
+            is the input, or a dict of keyword arguments; by default the report's ``example``.
         optimizer: The optimizer that trains the model. Without it, its old moments go on to push
             the fresh weights.
-        optimizer_state: What the second moments of these entries become; see above.
+        optimizer_state: The second moments become, in outgoing entries, the mean over the tensor's
+            other entries and 0 in incoming ones ("mixed"), 0 in all ("zero") or the mean in all
+            ("mean": they hardly learn for 1 / (1 - beta2) steps).
         generator: Source of the fresh weights. By default a new one whose seed is derived from the
             global random state, which is read but not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
@@ -198,14 +181,9 @@ def revive_(
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted, its layers cannot be read: revive the model it is from")
     if not hasattr(report, "sites"):
-        raise TypeError(
-            f"report is a {type(report).__name__}; it must be what "
-            "relubook.units.diagnosis.diagnose returns"
-        )
-    if optimizer_state not in get_args(OptimizerState):
-        raise ValueError(
-            f'optimizer_state is {optimizer_state!r}; it must be "mixed", "zero" or "mean"'
-        )
+        raise TypeError(f"report is a {type(report).__name__}; it must be what diagnose returns")
+    if optimizer_state not in (choices := get_args(OptimizerState)):
+        raise ValueError(f"optimizer_state is {optimizer_state!r}; it must be one of {choices}")
     batch = getattr(report, "example", None) if batch is None else batch
     if batch is None:
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
@@ -216,29 +194,21 @@ def revive_(
         state = bytes(torch.get_rng_state().tolist())
         seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
         generator = torch.Generator().manual_seed(seed)
-    options = model, batch, init, generator, optimizer, optimizer_state
-    changes = _Repair(*options).attempt(plans)
+    repair = partial(_Repair, model, batch, init, generator, optimizer, optimizer_state)
+    changes = repair().attempt(plans)
     if changes is None:
         kept: list[Plan] = []
         for plan in plans:
-            if _Repair(*options).attempt([*kept, plan], keep=False) is None:
+            if repair().attempt([*kept, plan], keep=False) is None:
                 reasons[plan.site] = _MOVED
             else:
                 kept.append(plan)
-        changes = _Repair(*options).attempt(kept) or []
+        changes = repair().attempt(kept) or []
     left = [site for site in report.sites if site.name in reasons]
     return Revival(
         tuple(changes),
         tuple(Left(site.name, int(site.dead.sum()), reasons[site.name]) for site in left),
     )
-
-
-# --- doing it ---------------------------------------------------------------------------------
-
-_MOVED = (
-    "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
-    "gets or returns, or the units are not silent on the batch"
-)
 
 
 @dataclass(frozen=True)
@@ -278,12 +248,12 @@ class _Repair:
                 for buffer, value in self.statistics:
                     self.touch(buffer).copy_(value)
                 after = self.outputs()
-                same = len(before) == len(after) and all(map(_is_same, before, after))
-                if same and keep:
-                    if self.optimizer is not None:
-                        self.reset_state(self.optimizer)
-                    done = True
-                return list(map(self.change, plans)) if same else None
+                if len(before) != len(after) or not all(map(_is_same, before, after)):
+                    return None
+                if keep and self.optimizer is not None:
+                    self.reset_state(self.optimizer)
+                done = keep
+                return list(map(self.change, plans))
             finally:
                 if not done:
                     for tensor, value in self.saved.values():
@@ -300,21 +270,17 @@ class _Repair:
             return list(tensors_in(run(self.model, self.batch)))
 
     def touch(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.saved:
-            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+        self.saved.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         return tensor
 
     def write(
         self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool = False
     ) -> None:
         """Set entries, and note that they start anew and on which side of the unit they are."""
-        if isinstance(value, Tensor):
-            value = value.to(parameter.device, parameter.dtype)
-        self.touch(parameter)[index] = value
+        self.touch(parameter)[index] = torch.as_tensor(value).to(parameter)
         none = torch.zeros_like(parameter, dtype=torch.bool)
         _, fresh, out = self.fresh.setdefault(id(parameter), (parameter, none, none.clone()))
-        fresh[index] = True
-        out[index] = outgoing
+        fresh[index], out[index] = True, outgoing
 
     def cut(self, plan: Plan) -> None:
         """Set the outgoing weights to zero, or shut the gates."""
@@ -348,12 +314,15 @@ class _Repair:
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
         self.write(layer.weight, index, fresh)
-        at = plan.units.to(layer.weight.device)
-        if layer.bias is not None:
-            self.write(layer.bias, at, 0.0)
-        if plan.before is not None and plan.before[1].affine:
-            self.write(plan.before[1].weight, at, 1.0)
-            self.write(plan.before[1].bias, at, 0.0)
+        norm = plan.before[1] if plan.before else None
+        for module, kind, value in (
+            (layer, "bias", 0.0),
+            (norm, "weight", 1.0),
+            (norm, "bias", 0.0),
+        ):
+            parameter = getattr(module, kind, None)
+            if parameter is not None:
+                self.write(parameter, plan.units.to(parameter.device), value)
 
     def center(self, plan: Plan, layer: Any, args: Any, output: Tensor) -> Tensor | None:
         """Give the fresh units mean 0 on the batch; a forward hook that returns what follows."""
@@ -372,41 +341,35 @@ class _Repair:
         else:
             sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
             index = _incoming(layer, plan.units)
-            shape = (-1, *[1] * (layer.weight.dim() - 1))
-            self.write(layer.weight, index, layer.weight[index] * sign.reshape(shape))
+            signs = sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
+            self.write(layer.weight, index, layer.weight[index] * signs)
             centered = values * sign
         self.silent[plan.site] = int((centered.reshape(-1, len(at)).amax(0) <= 0).sum())
         return None if plan.before else output.index_copy(dim, at, centered.movedim(-1, dim))
 
     def change(self, plan: Plan) -> Change:
-        """What was changed for a site."""
-        return Change(
-            site=plan.site,
-            producer=plan.producer,
-            units=plan.units,
-            before=plan.before[0] if plan.before else None,
-            consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
-            folded=tuple(s.name for s in plan.sinks if s.is_folded),
-            gates=tuple(s.name for s in plan.sinks if s.is_gate),
-            silent=self.silent[plan.site],
-        )
+        gates = tuple(sink.name for sink in plan.sinks if sink.is_gate)
+        consumers = tuple(sink.name for sink in plan.sinks if not sink.is_gate)
+        folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
+        before, silent = plan.before[0] if plan.before else None, self.silent[plan.site]
+        named = plan.site, plan.producer, plan.units, before
+        return Change(*named, consumers, folded, gates, silent)
 
     def reset_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's state of the changed entries start anew."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter, fresh, outgoing in self.fresh.values():
-            group = groups.get(id(parameter), {})
-            masks = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}
+            averaged = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor) or value.shape != parameter.shape:
                     continue
                 at = fresh.to(value.device)
                 others = self.touch(value)[~at]
                 begin = "lr" if key == "step_size" else "initial_accumulator_value"
-                anew = torch.full_like(value, float(group.get(begin, 0.0)))
-                value[at] = parameter.detach().to(value)[at] if key == "ax" else anew[at]
+                anew = groups[id(parameter)].get(begin, 0.0)
+                value[at] = parameter.to(value)[at] if key == "ax" else float(anew)
                 if key in _SECOND_MOMENTS and len(others):
-                    value[masks[self.optimizer_state].to(value.device)] = others.mean()
+                    value[averaged[self.optimizer_state].to(value.device)] = others.mean()
 
 
 def _incoming(layer: Any, units: Tensor) -> Any:
