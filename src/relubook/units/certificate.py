@@ -116,8 +116,8 @@ def certify_dead(
             average pooling, Flatten, Unflatten, Dropout and Identity.
         low: Lower corner: a number, or a tensor that broadcasts to one input, without the batch.
         high: Upper corner, likewise.
-        input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``;
-            for numbers, the number of features of the linear layer that comes first.
+        input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``,
+            or the number of features that a linear layer takes.
         unit_roundoff: Relative error of one operation of the model; by default half the ``eps`` of
             its coarsest parameter type, 2^-24 for float32. Larger where the above is not covered.
 
@@ -190,8 +190,6 @@ def _check(name: str, layer: Any) -> None:
         (batch, "normalizes by the batch's statistics: call eval() (and keep running statistics)"),
         (random, "drops values at random: call eval()"),
         (isinstance(layer, _SMOOTH) and (alpha <= 0 or beta <= 0 or slope < 0), "is not monotone"),
-        (getattr(layer, "start_dim", 1) == 0, "flattens the batch too"),
-        (getattr(layer, "return_indices", False), "returns indices, for which no bounds are known"),
     ):
         if is_wrong:
             raise ValueError(f"layer {name!r} ({layer}) {why}")
@@ -243,6 +241,9 @@ class _Box(NamedTuple):
         """Largest absolute value."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
+    def is_finite(self) -> bool:
+        return bool(self.size.isfinite().all())
+
 
 class _Arithmetic(NamedTuple):
     """The model's precision: unit roundoff, largest and smallest normal number."""
@@ -264,19 +265,19 @@ class _Arithmetic(NamedTuple):
         size = box.size if size is None else size
         error = _gamma(n, self.u) * (1 + 2.0**-20) + 4 * _gamma(n, 2.0**-53)
         margin = size * error * (1 + _gamma(n, 2.0**-53)) + 4 * n * self.tiny * (1 + factor)
-        low, high = box.low - margin, box.high + margin
-        low, high = low - low.abs() * 2.0**-52, high + high.abs() * 2.0**-52
         # Where a partial sum may overflow, the model may compute anything, NaN included.
-        safe = bool((size + margin < self.largest / 2).all())
-        return _Box(low, high) if safe else _unbounded(low)
+        margin = torch.where((size + margin < self.largest / 2).all(), margin, inf)
+        low, high = box.low - margin, box.high + margin
+        return _Box(low - low.abs() * 2.0**-52, high + high.abs() * 2.0**-52)
 
     def apply(self, layer: Any, box: _Box) -> _Box:
         """Bounds behind a layer; none for any value once they are lost for one."""
         rule = next(rule for kinds, rule in _RULES if isinstance(layer, kinds))
-        if bool(box.size.isfinite().all()):
-            return rule(self, layer, box)
         zeros = torch.zeros_like(box.low)
-        return _unbounded(rule(self, layer, _Box(zeros, zeros)).low)
+        bounds = rule(self, layer, box if box.is_finite() else _Box(zeros, zeros))
+        if box.is_finite() and bounds.is_finite():
+            return bounds
+        return _Box(torch.full_like(bounds.low, -inf), torch.full_like(bounds.low, inf))
 
     def exact(self, layer: Any, box: _Box) -> _Box:
         return _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
@@ -351,10 +352,6 @@ _RULES: tuple[tuple[tuple[Any, ...], Callable[[_Arithmetic, Any, _Box], _Box]], 
     ((nn.PReLU,), _Arithmetic.prelu),
     ((nn.Threshold,), _Arithmetic.threshold),
 )
-
-
-def _unbounded(like: Tensor) -> _Box:
-    return _Box(torch.full_like(like, -inf), torch.full_like(like, inf))
 
 
 def _gamma(n: int, u: float) -> float:
