@@ -22,7 +22,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 SUM = "a sum (a residual connection)"
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub"}
 
-
+Reads = dict[tuple[str | None, int], Tensor]
 Enter = Callable[[str, Any, list[Tensor]], None]
 Leave = Callable[[str, Any, Any], Any]
 
@@ -97,15 +97,12 @@ def _is_read(module: Any) -> bool:
 
 @dataclass
 class Seen:
-    """What one pass saw: a digest of each read, by module and call, and of each norm's result.
+    """Digests of each read, by module (None reads the output) and call, and each norm's result."""
 
-    The model's output is what the module named None reads.
-    """
-
-    reads: dict[tuple[str | None, int], Tensor] = field(default_factory=dict)
+    reads: Reads = field(default_factory=dict)
     returns: dict[str, Tensor] = field(default_factory=dict)
 
-    def changed(self, other: "Seen") -> dict[tuple[str | None, int], Tensor]:
+    def changed(self, other: "Seen") -> Reads:
         """Which columns of which reads differ from another pass's; ``[True]`` for another shape."""
         found = {}
         for key in self.reads | other.reads:
@@ -128,11 +125,12 @@ def _digest(x: Tensor, dim: int | None = None) -> Tensor:
     return torch.stack([(x * weights).sum(1), x.amin(1), x.amax(1)]).cpu()
 
 
-@dataclass
 class _Functions(TorchFunctionMode):
     """Tell of every torch function that returns tensors."""
 
-    tell: Callable[[str, list[Tensor], list[Tensor]], None]
+    def __init__(self, tell: Callable[[str, list[Tensor], list[Tensor]], None]) -> None:
+        super().__init__()
+        self.tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -143,7 +141,7 @@ class _Functions(TorchFunctionMode):
 
 
 class Passes:
-    """Runs a model with noise in place of its layers' outputs.
+    """Runs a model with noise in place of its layers' outputs, first as it is.
 
     Attributes:
         calls: How often each module is called.
@@ -163,7 +161,34 @@ class Passes:
         self.outside: set[int] = set()
         self.nonfinite: set[str] = set()
         self._inside: list[str] = []
-        self._run_as_it_is()
+
+        def enter(name: str, module: Any, given: list[Tensor]) -> None:
+            self.calls[name] += 1
+            self.feeds[name] = _made_by(given)
+
+        def leave(name: str, module: Any, out: Any) -> None:
+            if isinstance(module, LAYERS):
+                out._made_by = name
+                if not bool(out.isfinite().all()):
+                    self.nonfinite.add(name)
+
+        with _Functions(self._note_function):
+            out = self._run(enter, leave)
+        self.feeds[None] = _made_by(list(tensors_in(out)))
+
+    def _note_function(self, function: str, given: list[Tensor], results: list[Tensor]) -> None:
+        name = self._inside[-1] if self._inside else ""
+        module, label = self.modules[name], f"{function}()"
+        used = {id(t) for t in given if isinstance(t, nn.Parameter)}
+        self.outside |= used - {id(p) for p in module._parameters.values()}
+        self.feeds[f"{name}.{label}".lstrip(".")] = feed = _made_by(given)
+        if name and not list(module.children()):
+            label = f"{name!r} ({type(module).__name__})"
+        is_sum = function in _SUMS and len({t.shape for t in given}) < len(given)
+        if is_sum or (feed == SUM and not used):
+            label = SUM
+        for t in results if "dropout" not in function else []:
+            t._made_by = label  # type: ignore[attr-defined]
 
     def _run(self, enter: Enter, leave: Leave, noise: int = 0, training: bool = False) -> Any:
         """Run the model with hooks on either side of every module."""
@@ -187,37 +212,6 @@ class Passes:
             self.model.train(training)
             return run(self.model, self.batches[noise])
 
-    def _run_as_it_is(self) -> None:
-        """See how often modules are called, what feeds them, and what is used outside of them."""
-
-        def enter(name: str, module: Any, given: list[Tensor]) -> None:
-            self.calls[name] += 1
-            self.feeds[name] = _made_by(given)
-
-        def leave(name: str, module: Any, out: Any) -> None:
-            if isinstance(module, LAYERS):
-                out._made_by = name
-                if not bool(out.isfinite().all()):
-                    self.nonfinite.add(name)
-
-        def tell(function: str, given: list[Tensor], results: list[Tensor]) -> None:
-            name = self._inside[-1] if self._inside else ""
-            module, label = self.modules[name], f"{function}()"
-            used = {id(t) for t in given if isinstance(t, nn.Parameter)}
-            self.outside |= used - {id(p) for p in module._parameters.values()}
-            self.feeds[f"{name}.{label}".lstrip(".")] = feed = _made_by(given)
-            if name and not list(module.children()):
-                label = f"{name!r} ({type(module).__name__})"
-            is_sum = function in _SUMS and len({t.shape for t in given}) < len(given)
-            if is_sum or (feed == SUM and not used):
-                label = SUM
-            for t in results if "dropout" not in function else []:
-                t._made_by = label  # type: ignore[attr-defined]
-
-        with _Functions(tell):
-            out = self._run(enter, leave)
-        self.feeds[None] = _made_by(list(tensors_in(out)))
-
     def observe(
         self,
         noise: int = 0,
@@ -227,7 +221,7 @@ class Passes:
         gated: Sequence[Plan] = (),
         training: bool = False,
     ) -> Seen:
-        """Run once with noise number 0 or 1, and with all dead units silent but those of ``on``.
+        """Run with noise number 0 or 1 and all dead units silent but those of ``on``.
 
         Those of ``shifted`` are silent in another way, and the gates of ``gated`` are shut.
         """

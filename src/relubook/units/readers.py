@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relubook.units.passes import LAYERS, NORMS, SUM, Passes, Plan, Sink, is_plain, unit_dim
-
-Reads = dict[tuple[str | None, int], Tensor]
+from relubook.units.passes import LAYERS, NORMS, SUM, Passes, Plan, Reads, Sink, is_plain, unit_dim
 
 
 class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
@@ -33,10 +31,8 @@ def find_readers(
     names = {None, *dict(model.named_modules())}
     for site in sites:
         if site.producer not in names:
-            raise ValueError(
-                f"the report's site {site.name!r} names the layer {site.producer!r}, which the "
-                "model does not have: diagnose this model"
-            )
+            claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
+            raise ValueError(f"{claim}, which the model does not have: diagnose this model")
     dead = [site for site in sites if bool(site.dead.any())]
     if not dead:
         return [], {}
@@ -99,10 +95,8 @@ class _Search(Passes):
             kind = type(module).__name__
             raise Unpaired(f"{name!r} is a {kind}; linear layers and convolutions can be repaired")
         if any(k in dir(module) and k not in module._parameters for k in ("weight", "bias")):
-            raise Unpaired(
-                f"the weight of {name!r} is computed from other parameters (a parametrization, "
-                "weight norm or pruning): remove that first"
-            )
+            why = "computed from other parameters (a parametrization, weight norm or pruning)"
+            raise Unpaired(f"the weight of {name!r} is {why}: remove that first")
         if self.calls[name] != 1:
             raise Unpaired(f"{name!r} is called {self.calls[name]} times")
 
