@@ -66,11 +66,7 @@ class CertifiedSite:
 
 @dataclass(frozen=True)
 class Certificate(SiteListing[CertifiedSite]):
-    """What :func:`certify_dead` proved; ``certificate["name"]`` is a site, its text a table.
-
-    Attributes:
-        sites: One entry for each rectifier that can be silent, in execution order.
-    """
+    """The rectifiers that can be silent, in execution order; its text is a table."""
 
     sites: tuple[CertifiedSite, ...]
 
@@ -111,9 +107,7 @@ def certify_dead(
     Args:
         model_or_layers: An ``nn.Sequential`` (nested ones too), one layer, or layers in the order
             of execution: linear layers, convolutions (also transposed), batch norm with running
-            statistics, ReLU, ReLU6, Hardtanh, Threshold, monotone activations (LeakyReLU, PReLU,
-            ELU, SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid, Hardsigmoid), max and
-            average pooling, Flatten, Unflatten, Dropout and Identity.
+            statistics, PReLU and monotone activations, max and average pooling, dropout, reshaping.
         low: Lower corner: a number, or a tensor that broadcasts to one input, without the batch.
         high: Upper corner, likewise.
         input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``,

@@ -147,33 +147,30 @@ def revive_(
     called more than once, share a weight, carry a parametrization, or are frozen.
 
     **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
-    that is not zero, from the second step on the incoming ones too. For the changed entries, the
-    optimizer's running averages become 0. Adam's step count belongs to the whole tensor and is
-    kept: with second moments of 0 too, the first update is (1 - beta1) / sqrt(1 - beta2) = 3.2
-    times the learning rate, and rises to 6.6 times for a steady gradient (10 times for RMSprop).
-    Incoming weights learn soon by such steps, but on outgoing ones they disturb the function, so
-    the second moments (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...) have a choice. Other
-    state returns to the optimizer's own start; Adafactor's rows and columns stay.
+    that is not zero, from the second step on the incoming ones too. The optimizer's running
+    averages become 0 in the changed entries, other state returns to its start, and Adam's step
+    count is kept. With second moments of 0 too, Adam's first update is (1 - beta1) /
+    sqrt(1 - beta2) = 3.2 times the learning rate, and rises to 6.6 times for a steady gradient (10
+    times for RMSprop): incoming weights learn soon by that, outgoing ones disturb the function.
 
     Args:
         model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments; by default the report's ``example``.
-        optimizer: The optimizer that trains the model. Without it, its old moments go on to push
-            the fresh weights.
-        optimizer_state: The second moments become, in outgoing entries, the mean over the tensor's
-            other entries and 0 in incoming ones ("mixed"), 0 in all ("zero") or the mean in all
-            ("mean": they hardly learn for 1 / (1 - beta2) steps).
-        generator: Source of the fresh weights. By default a new one whose seed is derived from the
-            global random state, which is read but not advanced.
+        optimizer: The optimizer whose moments would go on to push the fresh weights.
+        optimizer_state: Second moments (``exp_avg_sq``, Adagrad's ``sum``, ...) become the mean
+            over the tensor's other entries in outgoing entries and 0 in incoming ones ("mixed"), 0
+            in all ("zero") or the mean in all ("mean": slow for 1 / (1 - beta2) steps).
+        generator: Source of the fresh weights; by default a new one, seeded from the global random
+            state, which is not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
         ValueError: If there is no batch, the report belongs to another model, the optimizer does
-            not hold a parameter that is to be changed or keeps no state per entry (L-BFGS), or an
-            option is unknown. Whatever is raised, model and optimizer are as before.
+            not hold a parameter that is to be changed or is L-BFGS, or an option is unknown.
+            Whatever is raised, model and optimizer are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -204,11 +201,9 @@ def revive_(
             else:
                 kept.append(plan)
         changes = repair().attempt(kept) or []
-    left = [site for site in report.sites if site.name in reasons]
-    return Revival(
-        tuple(changes),
-        tuple(Left(site.name, int(site.dead.sum()), reasons[site.name]) for site in left),
-    )
+    dead = {site.name: int(site.dead.sum()) for site in report.sites if site.name in reasons}
+    left = tuple(Left(name, units, reasons[name]) for name, units in dead.items())
+    return Revival(tuple(changes), left)
 
 
 @dataclass(frozen=True)
@@ -351,9 +346,8 @@ class _Repair:
         gates = tuple(sink.name for sink in plan.sinks if sink.is_gate)
         consumers = tuple(sink.name for sink in plan.sinks if not sink.is_gate)
         folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
-        before, silent = plan.before[0] if plan.before else None, self.silent[plan.site]
-        named = plan.site, plan.producer, plan.units, before
-        return Change(*named, consumers, folded, gates, silent)
+        what = plan.site, plan.producer, plan.units, plan.before[0] if plan.before else None
+        return Change(*what, consumers, folded, gates, self.silent[plan.site])
 
     def reset_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's state of the changed entries start anew."""
@@ -385,9 +379,7 @@ def _incoming(layer: Any, units: Tensor) -> Any:
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
     """Whether two outputs are equal up to what rounding in a bias may do to them."""
-    if before.shape != after.shape:
-        return False
-    if not before.is_floating_point():
+    if before.shape != after.shape or not before.is_floating_point():
         return torch.equal(before, after)
     size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
     tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
@@ -400,7 +392,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("L-BFGS keeps no state per entry: pass a new one after revive_ instead")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in model.parameters()):
+    if held.isdisjoint(map(id, model.parameters())):
         raise ValueError("the optimizer holds none of the model's parameters")
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
     if missing:
