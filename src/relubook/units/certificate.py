@@ -198,9 +198,22 @@ def _can_be_silent(layer: Any) -> bool:
     return isinstance(layer, nn.ReLU) or (isinstance(layer, nn.Threshold) and layer.value == 0)
 
 
-def _box(
-    first: Any, low: float | Tensor, high: float | Tensor, shape: Sequence[int] | None
-) -> "_Box":
+class _Box(NamedTuple):
+    """Bounds on what the model computes, float64, ``(1, ...)``."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def size(self) -> Tensor:
+        """Largest absolute value."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    def is_finite(self) -> bool:
+        return bool(self.size.isfinite().all())
+
+
+def _box(first: Any, low: Any, high: Any, shape: Sequence[int] | None) -> _Box:
     corners = []
     for side, corner in (("low", low), ("high", high)):
         if isinstance(corner, bool) or not isinstance(corner, int | float | Tensor):
@@ -217,26 +230,10 @@ def _box(
         lower, upper, _ = torch.broadcast_tensors(*corners, torch.empty(shape))
     except RuntimeError as error:
         raise ValueError(f"the shapes of low, high and the input do not fit: {error}") from None
-    wrong = (lower > upper).nonzero()
-    if len(wrong):
+    if len(wrong := (lower > upper).nonzero()):
         at = tuple(wrong[0].tolist())
         raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
     return _Box(lower[None], upper[None])
-
-
-class _Box(NamedTuple):
-    """Bounds on what the model computes, float64, ``(1, ...)``."""
-
-    low: Tensor
-    high: Tensor
-
-    @property
-    def size(self) -> Tensor:
-        """Largest absolute value."""
-        return torch.maximum(self.low.abs(), self.high.abs())
-
-    def is_finite(self) -> bool:
-        return bool(self.size.isfinite().all())
 
 
 class _Arithmetic(NamedTuple):

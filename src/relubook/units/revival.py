@@ -234,10 +234,9 @@ class _Repair:
         with torch.no_grad():
             try:
                 before = self.outputs()
-                for plan in plans:
-                    self.cut(plan)
-                for plan in plans:
-                    self.draw(plan)
+                for step in (self.cut, self.draw):
+                    for plan in plans:
+                        step(plan)
                 # Layer after layer in one pass, and buffers at its end: the pass restores them.
                 self.outputs([(plan.layer, partial(self.center, plan)) for plan in plans])
                 for buffer, value in self.statistics:
@@ -268,9 +267,7 @@ class _Repair:
         self.saved.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         return tensor
 
-    def write(
-        self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool = False
-    ) -> None:
+    def write(self, parameter: Tensor, index: Any, value: Any, outgoing: bool = False) -> None:
         """Set entries, and note that they start anew and on which side of the unit they are."""
         self.touch(parameter)[index] = torch.as_tensor(value).to(parameter)
         none = torch.zeros_like(parameter, dtype=torch.bool)
@@ -327,8 +324,8 @@ class _Repair:
         centered = values - mean.to(values.dtype)
         if plan.before is not None:
             norm = plan.before[1]
-            if norm.running_mean is not None:
-                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+                if buffer is not None:
                     buffer[at] = value.to(buffer.dtype)
                     self.statistics.append((buffer, buffer.clone()))
         elif layer.bias is not None:
