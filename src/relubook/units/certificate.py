@@ -1,8 +1,7 @@
 """Prove by interval bounds that a unit is silent on every input of a box.
 
-A data set can only show that a unit was silent so far. :func:`certify_dead` bounds every
-pre-activation over a whole box of inputs; a unit whose upper bound is not positive cannot fire
-anywhere in the box:
+A data set can only show that a unit was silent so far; a unit whose bound on the pre-activation is
+not positive cannot fire anywhere in the box:
 
 >>> import torch
 >>> from torch import nn
@@ -15,7 +14,7 @@ anywhere in the box:
 [True, False, True]
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, inf, prod
 from typing import Any, NamedTuple
@@ -39,17 +38,12 @@ _TRANSPOSED = _kinds("ConvTranspose")
 _LINEAR = (nn.Linear, *_kinds("Conv"), *_TRANSPOSED)
 _BATCH_NORMS = _kinds("BatchNorm")
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
-_AVERAGING = _kinds("AvgPool", "AdaptiveAvgPool")
 _RESHAPING = (nn.Flatten, nn.Unflatten)
+# Monotone functions that return one of their inputs or a constant, so that they do not round.
+_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, *_RESHAPING, *_kinds("MaxPool", "AdaptiveMaxPool"))
 _SMOOTH: tuple[Any, ...] = (
     *(nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Sigmoid, nn.Tanh),
     *(nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardsigmoid),
-)
-# Monotone functions that return one of their inputs or a constant, so that they do not round.
-_EXACT = (nn.Identity, nn.ReLU, nn.ReLU6, *_RESHAPING, *_kinds("MaxPool", "AdaptiveMaxPool"))
-_SUPPORTED = (
-    *(*_LINEAR, *_BATCH_NORMS, *_DROPOUTS, *_AVERAGING, *_SMOOTH, *_EXACT),
-    *(nn.Hardtanh, nn.Threshold, nn.PReLU, nn.Sequential),
 )
 
 
@@ -59,9 +53,9 @@ class CertifiedSite:
 
     Attributes:
         name: Qualified name of the rectifier, or its place in the list of layers.
-        kind: Class of the rectifier in lower case, such as ``"relu"``.
+        kind: Its class in lower case, such as ``"relu"``.
         certified: Bool, ``(units,)``: which units are silent on every input of the box.
-        upper: Float64, ``(units,)``: bound on the unit's pre-activation over box and positions.
+        upper: Float64, ``(units,)``: bound on the pre-activation over box and positions.
     """
 
     name: str
@@ -72,11 +66,7 @@ class CertifiedSite:
 
 @dataclass(frozen=True)
 class Certificate(SiteListing[CertifiedSite]):
-    """What :func:`certify_dead` proved; ``certificate["name"]`` is a site, its text a table.
-
-    Attributes:
-        sites: One entry for each rectifier that can be silent, in execution order.
-    """
+    """The rectifiers that can be silent, in execution order; its text is a table."""
 
     sites: tuple[CertifiedSite, ...]
 
@@ -105,100 +95,87 @@ def certify_dead(
 ) -> Certificate:
     """Find the units that are silent on every input x with low <= x <= high.
 
-    Every layer's values are bounded by intervals: for a linear layer, the positive weights meet
-    the upper and the negative ones the lower bounds of its inputs. For the first layer that is
-    exact; behind it the bounds ignore how units depend on each other, so they are sound but loose.
+    Every layer's values are bounded by intervals: exact for the first linear layer, sound but loose
+    behind it, since how units depend on each other is ignored.
 
-    **Rounding.** The bounds hold for what the model itself computes. They are evaluated in float64
-    and widened by the a-priori error of a sum of n products in any order, n u / (1 - n u) times
-    the sum of the absolute products (Higham, Accuracy and Stability of Numerical Algorithms,
-    chapter 3), for the model's own u and for float64's. The box is widened by the rounding of its
-    corners. Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a lowered
-    matmul precision: pass a larger ``unit_roundoff`` for these.
+    The bounds hold for what the model itself computes: they are evaluated in float64 and widened
+    by the a-priori error of a sum of n products in any order, n u / (1 - n u) times the sum of the
+    absolute products (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3), for the
+    model's own u and for float64's; the box by the rounding of its corners. Not covered are
+    transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul precision.
 
     Args:
         model_or_layers: An ``nn.Sequential`` (nested ones too), one layer, or layers in the order
-            of execution. Supported are linear layers and convolutions (also transposed), batch
-            norm with running statistics, ReLU, ReLU6, Hardtanh, Threshold, monotone activations
-            (LeakyReLU, PReLU, ELU, SELU, CELU, Sigmoid, Tanh, Softplus, Softsign, LogSigmoid,
-            Hardsigmoid), max and average pooling, Flatten, Unflatten, Dropout and Identity.
-        low: Lower corner of the box: a number, or a tensor that broadcasts to one input's shape
-            (without the batch).
+            of execution: linear layers, convolutions (also transposed), batch norm with running
+            statistics, PReLU and monotone activations, max and average pooling, dropout, reshaping.
+        low: Lower corner: a number, or a tensor that broadcasts to one input, without the batch.
         high: Upper corner, likewise.
-        input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``;
-            for numbers, the number of features of the linear layer that comes first.
+        input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``,
+            or the number of features that a linear layer takes.
         unit_roundoff: Relative error of one operation of the model; by default half the ``eps`` of
-            its coarsest parameter type, 2^-24 for float32.
-
-    Returns:
-        A :class:`Certificate`.
+            its coarsest parameter type, 2^-24 for float32. Larger where the above is not covered.
 
     Raises:
         TypeError: If a layer is not supported, or the box holds no numbers.
-        ValueError: If the box is empty (low > high), not finite, or does not fit the first layer;
-            if a layer is in training mode where that matters, has hooks or parameters that are
-            not finite; if there is no rectifier that can be silent.
+        ValueError: If the box is empty, not finite or of another shape, a layer is in training mode
+            where that matters or has hooks or parameters that are not finite, or no rectifier can
+            be silent.
     """
     layers = list(_flat(model_or_layers))
     if not any(_can_be_silent(layer) for _, layer in layers):
         raise ValueError("there is no rectifier that can be silent (ReLU, ReLU6, ...)")
-    kinds = [torch.finfo(p.dtype) for _, layer in layers for p in layer.parameters()]
-    kinds = kinds or [torch.finfo(torch.float32)]
-    u = max(kind.eps / 2 for kind in kinds)
-    if unit_roundoff is not None:
-        if not 0 <= unit_roundoff < 1:
-            raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
-        u = max(unit_roundoff, 2.0**-53)
-    arithmetic = _Arithmetic(u, min(k.max for k in kinds), max(k.tiny for k in kinds))
-    box = arithmetic.widen(_box(layers, low, high, input_shape), 1)
+    dtypes = {p.dtype for _, layer in layers for p in layer.parameters()} or {torch.float32}
+    kinds = list(map(torch.finfo, dtypes))
+    u = max(kind.eps / 2 for kind in kinds) if unit_roundoff is None else unit_roundoff
+    if not 0 <= u < 1:
+        raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
+    largest, tiny = min(kind.max for kind in kinds), max(kind.tiny for kind in kinds)
+    arithmetic = _Arithmetic(max(u, 2.0**-53), largest, tiny)
+    box = arithmetic.widen(_box(layers[0][1], low, high, input_shape), 1)
     sites, dim = [], -1
     with torch.no_grad():
         for name, layer in layers:
+            kind = type(layer).__name__
             if _can_be_silent(layer):
                 upper = box.high.movedim(dim, 0).flatten(1).amax(1)
-                limit = _below(layer.threshold, u) if isinstance(layer, nn.Threshold) else 0.0
-                kind = type(layer).__name__.lower()
-                sites.append(CertifiedSite(name, kind, upper <= limit, upper))
+                limit = arithmetic.below(getattr(layer, "threshold", 0.0))
+                sites.append(CertifiedSite(name, kind.lower(), upper <= limit, upper))
             if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, *_RESHAPING)):
                 dim = -1 if isinstance(layer, (nn.Linear, *_RESHAPING)) else 1
             try:
                 box = arithmetic.apply(layer, box)
             except RuntimeError as error:
+                shape = tuple(box.low.shape[1:])
                 raise ValueError(
-                    f"layer {name!r} ({type(layer).__name__}) does not take an input of the shape "
-                    f"{tuple(box.low.shape[1:])}: {error}"
+                    f"layer {name!r} ({kind}) does not take an input of the shape {shape}: {error}"
                 ) from error
     return Certificate(tuple(sites))
 
 
-# --- what is given ----------------------------------------------------------------------------
-
-
 def _flat(layers: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names and layers in the order of execution, checked, without the containers."""
-    if is_plain(layers, (nn.Sequential,)):
-        if layers._forward_hooks or layers._forward_pre_hooks:
-            raise ValueError(f"{prefix or 'the model'!r} has forward hooks")
-        children = list(layers._modules.items())  # an activation may stand in several places
-    elif isinstance(layers, nn.Module):
+    if isinstance(layers, nn.Module):
         name = prefix or type(layers).__name__.lower()
         _check(name, layers)
-        yield name, layers
-        return
-    elif isinstance(layers, Iterable) and not prefix:
-        children = [(str(i), layer) for i, layer in enumerate(layers)]
-    else:
-        what = f"layer {prefix!r}" if prefix else "model_or_layers"
+        if not isinstance(layers, nn.Sequential):
+            yield name, layers
+            return
+        children = list(layers._modules.items())  # an activation may stand in several places
+    elif prefix or not isinstance(layers, Iterable):
+        what = f"layer {prefix!r} is" if prefix else "model_or_layers is"
         expected = "torch.nn.Module" if prefix else "module or a list"
-        raise TypeError(f"{what} is a {type(layers).__name__}, not a {expected}")
+        raise TypeError(f"{what} a {type(layers).__name__}, not a {expected}")
+    else:
+        children = [(str(i), layer) for i, layer in enumerate(layers)]
     for name, layer in children:
         yield from _flat(layer, f"{prefix}.{name}" if prefix else name)
 
 
 def _check(name: str, layer: Any) -> None:
-    if not is_plain(layer, _SUPPORTED):
-        supported = ", ".join(sorted({kind.__name__ for kind in _SUPPORTED}))
-        raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {supported}")
+    supported = (nn.Sequential, *(kind for kinds, _ in _RULES for kind in kinds))
+    if not is_plain(layer, supported):
+        names = ", ".join(sorted({kind.__name__ for kind in supported}))
+        raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {names}")
     alpha, beta, slope = (getattr(layer, k, 1) for k in ("alpha", "beta", "negative_slope"))
     batch = isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None)
     random = isinstance(layer, _DROPOUTS) and layer.training and layer.p > 0
@@ -207,8 +184,6 @@ def _check(name: str, layer: Any) -> None:
         (batch, "normalizes by the batch's statistics: call eval() (and keep running statistics)"),
         (random, "drops values at random: call eval()"),
         (isinstance(layer, _SMOOTH) and (alpha <= 0 or beta <= 0 or slope < 0), "is not monotone"),
-        (getattr(layer, "start_dim", 1) == 0, "flattens the batch too"),
-        (getattr(layer, "return_indices", False), "returns indices, for which no bounds are known"),
     ):
         if is_wrong:
             raise ValueError(f"layer {name!r} ({layer}) {why}")
@@ -223,47 +198,6 @@ def _can_be_silent(layer: Any) -> bool:
     return isinstance(layer, nn.ReLU) or (isinstance(layer, nn.Threshold) and layer.value == 0)
 
 
-def _box(
-    layers: list[tuple[str, Any]],
-    low: float | Tensor,
-    high: float | Tensor,
-    shape: Sequence[int] | None,
-) -> "_Box":
-    name, first = layers[0]
-    corners = []
-    for side, corner in (("low", low), ("high", high)):
-        if isinstance(corner, bool) or not isinstance(corner, int | float | Tensor):
-            raise TypeError(f"{side} is a {type(corner).__name__}, not a number or a tensor")
-        corners.append(torch.as_tensor(corner).detach().to("cpu", torch.float64))
-        if not bool(corners[-1].isfinite().all()):
-            raise ValueError(f"{side} is not finite everywhere")
-    if shape is None and any(corner.dim() for corner in corners):
-        shape = ()
-    elif shape is None and isinstance(first, nn.Linear):
-        shape = (first.in_features,)
-    elif shape is None:
-        raise ValueError(
-            "low and high do not tell the shape of an input: pass input_shape=, without the batch"
-        )
-    try:
-        shape = tuple(torch.broadcast_shapes(shape, *(corner.shape for corner in corners)))
-    except RuntimeError as error:
-        raise ValueError(f"the shapes of low, high and the input do not fit: {error}") from None
-    lower, upper = (corner.expand(shape) for corner in corners)
-    wrong = (lower > upper).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
-    if isinstance(first, nn.Linear) and shape[-1:] != (first.in_features,):
-        raise ValueError(f"an input has the shape {shape}; {name!r} takes {first.in_features}")
-    if isinstance(first, _LINEAR[1:]) and len(shape) != (dims := len(first.kernel_size) + 1):
-        raise ValueError(f"an input has the shape {shape}; {name!r} takes {dims} dimensions")
-    return _Box(lower[None], upper[None])
-
-
-# --- interval arithmetic ----------------------------------------------------------------------
-
-
 class _Box(NamedTuple):
     """Bounds on what the model computes, float64, ``(1, ...)``."""
 
@@ -275,14 +209,43 @@ class _Box(NamedTuple):
         """Largest absolute value."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
+    def is_finite(self) -> bool:
+        return bool(self.size.isfinite().all())
 
-@dataclass(frozen=True)
-class _Arithmetic:
+
+def _box(first: Any, low: Any, high: Any, shape: Sequence[int] | None) -> _Box:
+    corners = []
+    for side, corner in (("low", low), ("high", high)):
+        if isinstance(corner, bool) or not isinstance(corner, int | float | Tensor):
+            raise TypeError(f"{side} is a {type(corner).__name__}, not a number or a tensor")
+        corners.append(_double(torch.as_tensor(corner)))
+        if not bool(corners[-1].isfinite().all()):
+            raise ValueError(f"{side} is not finite everywhere")
+    if shape is None:
+        are_numbers = not any(corner.dim() for corner in corners)
+        if are_numbers and not isinstance(first, nn.Linear):
+            raise ValueError("numbers do not tell the shape of an input: pass input_shape=")
+        shape = (first.in_features,) if are_numbers else ()
+    try:
+        lower, upper, _ = torch.broadcast_tensors(*corners, torch.empty(shape))
+    except RuntimeError as error:
+        raise ValueError(f"the shapes of low, high and the input do not fit: {error}") from None
+    if len(wrong := (lower > upper).nonzero()):
+        at = tuple(wrong[0].tolist())
+        raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
+    return _Box(lower[None], upper[None])
+
+
+class _Arithmetic(NamedTuple):
     """The model's precision: unit roundoff, largest and smallest normal number."""
 
     u: float
     largest: float
     tiny: float
+
+    def below(self, constant: float) -> float:
+        """A lower bound on a constant after rounding to the model's precision."""
+        return constant - abs(constant) * self.u * (1 + 2.0**-20)
 
     def widen(self, box: _Box, n: int, size: Tensor | None = None, factor: float = 1.0) -> _Box:
         """Widen by the error of sums of n terms whose absolute values add up to ``size``.
@@ -293,98 +256,97 @@ class _Arithmetic:
         size = box.size if size is None else size
         error = _gamma(n, self.u) * (1 + 2.0**-20) + 4 * _gamma(n, 2.0**-53)
         margin = size * error * (1 + _gamma(n, 2.0**-53)) + 4 * n * self.tiny * (1 + factor)
-        low, high = box.low - margin, box.high + margin
-        low, high = low - low.abs() * 2.0**-52, high + high.abs() * 2.0**-52
         # Where a partial sum may overflow, the model may compute anything, NaN included.
-        safe = bool((size + margin < self.largest / 2).all())
-        return _Box(low, high) if safe else _unbounded(low)
+        margin = torch.where((size + margin < self.largest / 2).all(), margin, inf)
+        low, high = box.low - margin, box.high + margin
+        return _Box(low - low.abs() * 2.0**-52, high + high.abs() * 2.0**-52)
 
     def apply(self, layer: Any, box: _Box) -> _Box:
         """Bounds behind a layer; none for any value once they are lost for one."""
-        if bool(box.size.isfinite().all()):
-            return self.bound(layer, box)
+        rule = next(rule for kinds, rule in _RULES if isinstance(layer, kinds))
         zeros = torch.zeros_like(box.low)
-        return _unbounded(self.bound(layer, _Box(zeros, zeros)).low)
+        bounds = rule(self, layer, box if box.is_finite() else _Box(zeros, zeros))
+        if box.is_finite() and bounds.is_finite():
+            return bounds
+        return _Box(torch.full_like(bounds.low, -inf), torch.full_like(bounds.low, inf))
 
-    def bound(self, layer: Any, box: _Box) -> _Box:
-        """Bounds behind a layer, by the rule for its kind."""
-        rules: dict[Any, Any] = {_LINEAR: self.linear, _BATCH_NORMS: self.batch_norm}
-        for kinds, rule in (rules | {nn.PReLU: self.prelu, nn.Threshold: self.threshold}).items():
-            if isinstance(layer, kinds):
-                return rule(layer, box)
-        if isinstance(layer, _DROPOUTS):
-            return box
-        ends = _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
-        if isinstance(layer, _EXACT):
-            return ends
-        if isinstance(layer, nn.Hardtanh):  # the limits may be rounded
-            return self.widen(ends, 1)
-        if isinstance(layer, _AVERAGING):
-            return self.widen(ends, prod(box.low.shape[2:]) + 2, layer(box.size))
+    def exact(self, layer: Any, box: _Box) -> _Box:
+        return _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
+
+    def average(self, layer: Any, box: _Box) -> _Box:
+        return self.widen(self.exact(layer, box), prod(box.low.shape[2:]) + 2, layer(box.size))
+
+    def smooth(self, layer: Any, box: _Box) -> _Box:
         # Implementations differ by some units in the last place, relative to 1 where the formula
         # subtracts 1 (elu, sigmoid by tanh); softplus jumps by exp(-threshold) at its threshold.
-        scale, slack = max(getattr(layer, "alpha", 1.0), 2.0), 0.0
-        if isinstance(layer, nn.Softplus):
-            scale, slack = 2.0 / layer.beta, exp(-layer.threshold) / layer.beta
-        ends = _Box(ends.low - slack, ends.high + slack)
-        return self.widen(ends, 16, ends.size + scale)
+        alpha, beta = getattr(layer, "alpha", 1.0), getattr(layer, "beta", 1.0)
+        slack = exp(-layer.threshold) / beta if isinstance(layer, nn.Softplus) else 0.0
+        low, high = self.exact(layer, box)
+        ends = _Box(low - slack, high + slack)
+        return self.widen(ends, 16, ends.size + max(alpha, 2 / beta, 2.0))
 
     def prelu(self, layer: Any, box: _Box) -> _Box:
-        slope = _double(layer.weight)
-        ends = F.prelu(box.low, slope), F.prelu(box.high, slope)
-        low = torch.minimum(*ends)  # a negative slope has its least value at 0
-        low = torch.where((box.low < 0) & (box.high > 0), low.clamp(max=0), low)
-        return self.widen(_Box(low, torch.maximum(*ends)), 3)
+        zero = torch.zeros_like(box.low).clamp(*box)  # the least value, where the slope is negative
+        values = torch.stack([F.prelu(x, _double(layer.weight)) for x in (*box, zero)])
+        return self.widen(_Box(values.amin(0), values.amax(0)), 3)
 
     def linear(self, layer: Any, box: _Box) -> _Box:
+        taps = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+        if not taps and box.low.shape[-1] != layer.in_features:
+            raise RuntimeError(f"it takes {layer.in_features} features")
+        if taps and box.low.dim() != taps + 2:
+            raise RuntimeError(f"it takes {taps + 1} dimensions")
         weight = _double(layer.weight)
         center, radius = (box.high + box.low) / 2, (box.high - box.low) / 2
         middle, spread = _product(layer, center, weight), _product(layer, radius, weight.abs())
         size = _product(layer, center.abs() + radius, weight.abs())
         if layer.bias is not None:
-            shape = (-1, *[1] * (0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)))
-            bias = _double(layer.bias).reshape(shape)
+            bias = _double(layer.bias).reshape(-1, *[1] * taps)
             middle, size = middle + bias, size + bias.abs()
-        terms = 3 + weight[0].numel()
-        if isinstance(layer, _TRANSPOSED):
-            terms = 3 + weight[:, 0].numel() // layer.groups
-        exact = _Box(middle - spread, middle + spread)
-        return self.widen(exact, terms, size, float(weight.abs().max()))
+        transposed = isinstance(layer, _TRANSPOSED)
+        terms = weight[:, 0].numel() // layer.groups if transposed else weight[0].numel()
+        bounds = _Box(middle - spread, middle + spread)
+        return self.widen(bounds, 3 + terms, size, float(weight.abs().max()))
 
     def batch_norm(self, layer: Any, box: _Box) -> _Box:
-        shape = (1, -1, *[1] * (box.low.dim() - 2))
-        mean = _double(layer.running_mean).reshape(shape)
-        scale = (1 / (_double(layer.running_var) + layer.eps).sqrt()).reshape(shape)
-        shift = torch.zeros_like(mean)
+        def per_channel(values: Tensor) -> Tensor:
+            return _double(values).reshape(1, -1, *[1] * (box.low.dim() - 2))
+
+        mean = per_channel(layer.running_mean)
+        scale, shift = 1 / (per_channel(layer.running_var) + layer.eps).sqrt(), mean * 0
         if layer.affine:
-            scale = scale * _double(layer.weight).reshape(shape)
-            shift = _double(layer.bias).reshape(shape)
-        ends = [(end - mean) * scale + shift for end in (box.low, box.high)]
+            scale, shift = scale * per_channel(layer.weight), per_channel(layer.bias)
+        ends = [(end - mean) * scale + shift for end in box]
         size = (box.size + mean.abs()) * scale.abs() + shift.abs()
-        exact = _Box(torch.minimum(*ends), torch.maximum(*ends))
-        return self.widen(exact, 12, size, float(scale.abs().max()))
+        bounds = _Box(torch.minimum(*ends), torch.maximum(*ends))
+        return self.widen(bounds, 12, size, float(scale.abs().max()))
 
     def threshold(self, layer: nn.Threshold, box: _Box) -> _Box:
-        below, above = _below(layer.threshold, self.u), -_below(-layer.threshold, self.u)
+        below, above = self.below(layer.threshold), -self.below(-layer.threshold)
         passes, stops = box.high > below, box.low <= above
         value = torch.full_like(box.low, layer.value)
-        low = torch.where(passes, box.low.clamp(min=below).minimum(value), value)
-        high = torch.where(stops, box.high.maximum(value), box.high)
-        low, high = torch.where(stops, low, box.low), torch.where(passes, high, value)
-        return self.widen(_Box(low, high), 1)
+        low = torch.where(passes, box.low.clamp(min=below), inf)
+        high = torch.where(passes, box.high, -inf)
+        low = low.minimum(torch.where(stops, value, inf))
+        return self.widen(_Box(low, high.maximum(torch.where(stops, value, -inf))), 1)
 
 
-def _unbounded(like: Tensor) -> _Box:
-    return _Box(torch.full_like(like, -inf), torch.full_like(like, inf))
+# The first that fits holds: ReLU6 is a Hardtanh.
+_RULES: tuple[tuple[tuple[Any, ...], Callable[[_Arithmetic, Any, _Box], _Box]], ...] = (
+    (_LINEAR, _Arithmetic.linear),
+    (_BATCH_NORMS, _Arithmetic.batch_norm),
+    (_DROPOUTS, lambda arithmetic, layer, box: box),
+    (_EXACT, _Arithmetic.exact),
+    (_SMOOTH, _Arithmetic.smooth),
+    (_kinds("AvgPool", "AdaptiveAvgPool"), _Arithmetic.average),
+    ((nn.Hardtanh,), lambda a, layer, box: a.widen(a.exact(layer, box), 1)),  # limits round
+    ((nn.PReLU,), _Arithmetic.prelu),
+    ((nn.Threshold,), _Arithmetic.threshold),
+)
 
 
 def _gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u) if n * u < 0.5 else inf
-
-
-def _below(constant: float, u: float) -> float:
-    """A lower bound on a constant after rounding to the model's precision."""
-    return constant - abs(constant) * u * (1 + 2.0**-20)
 
 
 def _double(tensor: Tensor) -> Tensor:

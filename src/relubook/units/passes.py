@@ -18,13 +18,13 @@ from relubook.units.sites import tensors_in, undisturbed
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.SyncBatchNorm,
-)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.SyncBatchNorm)
 SUM = "a sum (a residual connection)"
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub"}
+
+Reads = dict[tuple[str | None, int], Tensor]
+Enter = Callable[[str, Any, list[Tensor]], None]
+Leave = Callable[[str, Any, Any], Any]
 
 
 @dataclass
@@ -40,15 +40,9 @@ class Sink:
     columns: Tensor
     constant: Tensor
 
-    @property
-    def is_gate(self) -> bool:
-        """Whether it is a norm, not a layer."""
-        return isinstance(self.module, NORMS)
-
-    @property
-    def is_folded(self) -> bool:
-        """Whether the silent units' constants go into the layer's bias."""
-        return not self.is_gate and bool((self.constant != 0).any())
+    def __post_init__(self) -> None:
+        self.is_gate = isinstance(self.module, NORMS)
+        self.is_folded = not self.is_gate and bool((self.constant != 0).any())
 
 
 @dataclass
@@ -69,8 +63,7 @@ class Plan:
         owners += [(s.name, s.module, s.is_gate or s.is_folded) for s in self.sinks]
         for name, module, with_bias in owners:
             for kind in ("weight", "bias") if with_bias else ("weight",):
-                parameter = module._parameters.get(kind)
-                if parameter is not None:
+                if (parameter := module._parameters.get(kind)) is not None:
                     yield f"{name}.{kind}".lstrip("."), parameter
 
 
@@ -104,21 +97,19 @@ def _is_read(module: Any) -> bool:
 
 @dataclass
 class Seen:
-    """What one pass saw: a digest of each read, by module and call, and of each norm's result.
+    """Digests of each read, by module (None reads the output) and call, and each norm's result."""
 
-    The model's output is what the module named None reads.
-    """
-
-    reads: dict[tuple[str | None, int], Tensor] = field(default_factory=dict)
+    reads: Reads = field(default_factory=dict)
     returns: dict[str, Tensor] = field(default_factory=dict)
 
-    def changed(self, other: "Seen") -> dict[tuple[str | None, int], Tensor]:
+    def changed(self, other: "Seen") -> Reads:
         """Which columns of which reads differ from another pass's; ``[True]`` for another shape."""
         found = {}
         for key in self.reads | other.reads:
-            digests = [seen.reads[key] for seen in (self, other) if key in seen.reads]
-            alike = len(digests) == 2 and digests[0].shape == digests[1].shape
-            columns = (digests[0] != digests[-1]).any(0) if alike else torch.tensor([True])
+            columns = torch.tensor([True])
+            if key in self.reads and key in other.reads:
+                mine, theirs = self.reads[key], other.reads[key]
+                columns = (mine != theirs).any(0) if mine.shape == theirs.shape else columns
             if bool(columns.any()):
                 found[key] = columns
         return found
@@ -150,7 +141,7 @@ class _Functions(TorchFunctionMode):
 
 
 class Passes:
-    """Runs a model with noise in place of its layers' outputs.
+    """Runs a model with noise in place of its layers' outputs, first as it is.
 
     Attributes:
         calls: How often each module is called.
@@ -170,15 +161,36 @@ class Passes:
         self.outside: set[int] = set()
         self.nonfinite: set[str] = set()
         self._inside: list[str] = []
-        self._run_as_it_is()
 
-    def _run(
-        self,
-        enter: Callable[[str, Any, list[Tensor]], None],
-        leave: Callable[[str, Any, Any], Any],
-        noise: int = 0,
-        training: bool = False,
-    ) -> Any:
+        def enter(name: str, module: Any, given: list[Tensor]) -> None:
+            self.calls[name] += 1
+            self.feeds[name] = _made_by(given)
+
+        def leave(name: str, module: Any, out: Any) -> None:
+            if isinstance(module, LAYERS):
+                out._made_by = name
+                if not bool(out.isfinite().all()):
+                    self.nonfinite.add(name)
+
+        with _Functions(self._note_function):
+            out = self._run(enter, leave)
+        self.feeds[None] = _made_by(list(tensors_in(out)))
+
+    def _note_function(self, function: str, given: list[Tensor], results: list[Tensor]) -> None:
+        name = self._inside[-1] if self._inside else ""
+        module, label = self.modules[name], f"{function}()"
+        used = {id(t) for t in given if isinstance(t, nn.Parameter)}
+        self.outside |= used - {id(p) for p in module._parameters.values()}
+        self.feeds[f"{name}.{label}".lstrip(".")] = feed = _made_by(given)
+        if name and not list(module.children()):
+            label = f"{name!r} ({type(module).__name__})"
+        is_sum = function in _SUMS and len({t.shape for t in given}) < len(given)
+        if is_sum or (feed == SUM and not used):
+            label = SUM
+        for t in results if "dropout" not in function else []:
+            t._made_by = label  # type: ignore[attr-defined]
+
+    def _run(self, enter: Enter, leave: Leave, noise: int = 0, training: bool = False) -> Any:
         """Run the model with hooks on either side of every module."""
         names = {id(module): name for name, module in self.modules.items()}
         self._inside = []
@@ -200,38 +212,6 @@ class Passes:
             self.model.train(training)
             return run(self.model, self.batches[noise])
 
-    def _run_as_it_is(self) -> None:
-        """See how often modules are called, what feeds them, and what is used outside of them."""
-
-        def enter(name: str, module: Any, given: list[Tensor]) -> None:
-            self.calls[name] += 1
-            self.feeds[name] = _made_by(given)
-
-        def leave(name: str, module: Any, out: Any) -> None:
-            if isinstance(module, LAYERS):
-                out._made_by = name
-                if not bool(out.isfinite().all()):
-                    self.nonfinite.add(name)
-
-        def tell(function: str, given: list[Tensor], results: list[Tensor]) -> None:
-            name = self._inside[-1] if self._inside else ""
-            module, label = self.modules[name], f"{function}()"
-            used = {id(t) for t in given if isinstance(t, nn.Parameter)}
-            self.outside |= used - {id(p) for p in module._parameters.values()}
-            feed = _made_by(given)
-            self.feeds[f"{name}.{function}()".lstrip(".")] = feed
-            if name and not list(module.children()):
-                label = f"{name!r} ({type(module).__name__})"
-            is_sum = function in _SUMS and len({t.shape for t in given}) < len(given)
-            if is_sum or (feed == SUM and not used):
-                label = SUM
-            for t in results if "dropout" not in function else []:
-                t._made_by = label  # type: ignore[attr-defined]
-
-        with _Functions(tell):
-            out = self._run(enter, leave)
-        self.feeds[None] = _made_by(list(tensors_in(out)))
-
     def observe(
         self,
         noise: int = 0,
@@ -241,7 +221,7 @@ class Passes:
         gated: Sequence[Plan] = (),
         training: bool = False,
     ) -> Seen:
-        """Run once with noise number 0 or 1, and with all dead units silent but those of ``on``.
+        """Run with noise number 0 or 1 and all dead units silent but those of ``on``.
 
         Those of ``shifted`` are silent in another way, and the gates of ``gated`` are shut.
         """
@@ -254,8 +234,7 @@ class Passes:
         def enter(name: str, module: Any, given: list[Tensor]) -> None:
             channels = isinstance(module, (*LAYERS, *NORMS))
             for t in (given[:1] if channels else given) if _is_read(module) else []:
-                dim = unit_dim(module) if channels else None
-                seen.reads[name, calls[name]] = _digest(t, dim)
+                seen.reads[name, calls[name]] = _digest(t, unit_dim(module) if channels else None)
                 calls[name] += 1
 
         def leave(name: str, module: Any, out: Any) -> Any:
@@ -267,14 +246,14 @@ class Passes:
                 return out
             seed = 2 * list(self.modules).index(name)
             out = tree_map_only(Tensor, lambda t: _noise(t, seed + noise), out)
-            if plan is not None:
-                units = torch.zeros(out.shape[unit_dim(module)], dtype=torch.bool)
-                units[plan.units] = True
-                levels = torch.full(units.shape, -2000.0 if plan in shifted else -1000.0)
-                if plan in on:
-                    levels = 1000.0 * (1 + torch.rand(units.shape, generator=_seeded(seed)))
-                out = _set(out, unit_dim(module), units, levels)
-            return out
+            if plan is None:
+                return out
+            units = torch.zeros(out.shape[unit_dim(module)], dtype=torch.bool)
+            units[plan.units] = True
+            levels = torch.full(units.shape, -2000.0 if plan in shifted else -1000.0)
+            if plan in on:
+                levels = 1000.0 * (1 + torch.rand(units.shape, generator=_seeded(seed)))
+            return _set(out, unit_dim(module), units, levels)
 
         out = self._run(enter, leave, noise, training)
         seen.reads |= {(None, i): _digest(t) for i, t in enumerate(tensors_in(out))}

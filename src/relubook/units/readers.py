@@ -12,19 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relubook.units.passes import (
-    LAYERS,
-    NORMS,
-    SUM,
-    TRANSPOSED,
-    Passes,
-    Plan,
-    Sink,
-    is_plain,
-    unit_dim,
-)
-
-Reads = dict[tuple[str | None, int], Tensor]
+from relubook.units.passes import LAYERS, NORMS, SUM, Passes, Plan, Reads, Sink, is_plain, unit_dim
 
 
 class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
@@ -34,27 +22,17 @@ class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
 def find_readers(
     model: nn.Module, sites: Sequence[Any], batch: Any
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Say for every site with dead units how to repair it, or why not; the model stays as it is.
-
-    Args:
-        model: The model.
-        sites: The sites of a report.
-        batch: A batch, see :func:`relubook.units.passes.run`.
-
-    Returns:
-        The plans, and for each site that is left the reason, by its name.
+    """Say for every site of a report how to repair it, or by its name why not.
 
     Raises:
         ValueError: If a site names a layer that the model does not have, or the layer's outputs
             on the batch are not finite.
     """
-    names = {name for name, _ in model.named_modules()}
+    names = {None, *dict(model.named_modules())}
     for site in sites:
-        if site.producer not in {None, *names}:
-            raise ValueError(
-                f"the report's site {site.name!r} names the layer {site.producer!r}, which the "
-                "model does not have: diagnose this model"
-            )
+        if site.producer not in names:
+            claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
+            raise ValueError(f"{claim}, which the model does not have: diagnose this model")
     dead = [site for site in sites if bool(site.dead.any())]
     if not dead:
         return [], {}
@@ -64,9 +42,10 @@ def find_readers(
             search.plans.append(search.plan(site, uses[site.producer]))
     search.find_all_sinks()
     plans = [plan for plan in search.plans if plan.site not in search.reasons]
-    for plan in search.strays(plans):
-        search.reasons[plan.site] = "its units go other ways in training than in evaluation mode"
-    return [plan for plan in plans if plan.site not in search.reasons], search.reasons
+    strays = {plan.site for plan in search.strays(plans)}
+    reason = "its units go other ways in training than in evaluation mode"
+    kept = [plan for plan in plans if plan.site not in strays]
+    return kept, search.reasons | dict.fromkeys(strays, reason)
 
 
 class _Search(Passes):
@@ -101,13 +80,11 @@ class _Search(Passes):
         if name in self.nonfinite:
             raise ValueError(f"on the batch the pre-activations of {name!r} are not finite")
         module, dead = self.modules[name], site.dead.detach().cpu()
-        outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        outputs = getattr(module, "out_features", None) or module.out_channels
         dim = unit_dim(module)
         if outputs != len(dead) or site.unit_dim not in (dim, dim + len(site.shape)):
-            raise Unpaired(
-                f"its {len(dead)} units lie along dimension {site.unit_dim}, which is not that of "
-                f"the {outputs} outputs of {name!r}"
-            )
+            where = f"its {len(dead)} units lie along dimension {site.unit_dim}"
+            raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")
         plan = Plan(site.name, name, module, dead.nonzero().flatten(), before)
         self._check_parameters(plan)
         return plan
@@ -115,27 +92,24 @@ class _Search(Passes):
     def _check(self, name: str, kinds: tuple[type, ...]) -> None:
         module = self.modules[name]
         if not is_plain(module, kinds):
-            raise Unpaired(
-                f"{name!r} is a {type(module).__name__}; linear layers and convolutions can be "
-                "repaired"
-            )
+            kind = type(module).__name__
+            raise Unpaired(f"{name!r} is a {kind}; linear layers and convolutions can be repaired")
         if any(k in dir(module) and k not in module._parameters for k in ("weight", "bias")):
-            raise Unpaired(
-                f"the weight of {name!r} is computed from other parameters (a parametrization, "
-                "weight norm or pruning): remove that first"
-            )
+            why = "computed from other parameters (a parametrization, weight norm or pruning)"
+            raise Unpaired(f"the weight of {name!r} is {why}: remove that first")
         if self.calls[name] != 1:
             raise Unpaired(f"{name!r} is called {self.calls[name]} times")
 
     def _check_parameters(self, plan: Plan) -> None:
+        everything = list(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in plan.parameters():
+            twins = [n for n, p in everything if n != name and p.data_ptr() == parameter.data_ptr()]
             if not parameter.requires_grad:
                 raise Unpaired(f"{name!r} is frozen (requires_grad is False)")
             if id(parameter) in self.outside:
                 raise Unpaired(f"{name!r} is also used outside of its layer")
-            for other, twin in self.model.named_parameters(remove_duplicate=False):
-                if other != name and parameter.data_ptr() == twin.data_ptr():
-                    raise Unpaired(f"{name!r} shares its memory with {other!r}")
+            if twins:
+                raise Unpaired(f"{name!r} shares its memory with {twins[0]!r}")
 
     def find_all_sinks(self) -> None:
         """Find who reads each plan's units."""
@@ -150,10 +124,7 @@ class _Search(Passes):
         for plan in self.plans:
             with self.leaving(plan.site):
                 if leaks and self._leaks([plan]):
-                    raise Unpaired(
-                        f"what {plan.producer!r} computes goes to 2 places or more, not to one "
-                        "rectifier"
-                    )
+                    raise Unpaired(f"what {plan.producer!r} computes goes to 2 places or more")
                 touched = self._touched(plan)
                 try:
                     plan.sinks = self._sinks(plan, touched)
@@ -193,16 +164,12 @@ class _Search(Passes):
                 raise Unpaired(f"its units reach add(), {SUM}, which mixes them with others")
             if name is None:
                 raise Unpaired("its units are the model's output: they have no next layer")
+            reach = f"its units reach {name!r}"
             if not isinstance(module, LAYERS):
-                raise Unpaired(
-                    f"its units reach {name!r} ({type(module).__name__}), which may mix them with "
-                    "others"
-                )
+                raise Unpaired(f"{reach} ({type(module).__name__}), which may mix them with others")
             self._check(name, LAYERS)
             if mixed:
-                raise Unpaired(
-                    f"its units reach {name!r} together with others, behind {self.feeds[name]}"
-                )
+                raise Unpaired(f"{reach} together with others, behind {self.feeds[name]}")
             constant, even = _constant(self.off.reads[name, call], columns)
             gaps = (constant[columns, None] - known).abs().amin(1)
             even &= bool((gaps <= 1e-6 * constant[columns].abs()).all())
@@ -210,7 +177,7 @@ class _Search(Passes):
                 behind = f"its units, while silent, are not 0 to {name!r}"
                 if module.bias is None:
                     raise Unpaired(f"{behind}, which has no bias that could take over the rest")
-                if not even or isinstance(module, TRANSPOSED) or _pads_zeros(module):
+                if not even or _is_uneven(module):
                     raise Unpaired(f"{behind}, nor the same constant everywhere")
             sinks.append(Sink(name, module, columns, constant))
         if not sinks:
@@ -226,8 +193,8 @@ class _Search(Passes):
                 continue
             mine, its = self.off.returns[name], self.other.returns[name]
             constant, even = _constant(mine, columns)
-            own = norm._parameters.get("weight") is not None
-            if own and even and torch.equal(mine[:, columns], its[:, columns]):
+            scaled = norm._parameters.get("weight") is not None
+            if scaled and even and torch.equal(mine[:, columns], its[:, columns]):
                 gates.append(Sink(name, norm, columns, constant))
         return gates
 
@@ -254,7 +221,9 @@ def _constant(digest: Tensor, columns: Tensor) -> tuple[Tensor, bool]:
     return torch.where(columns, (low + high) / 2, 0.0), bool(even[columns].all())
 
 
-def _pads_zeros(module: Any) -> bool:
-    if isinstance(module, nn.Linear) or module.padding_mode != "zeros":
+def _is_uneven(module: Any) -> bool:
+    """Whether a layer does not sum a constant input to the same value everywhere."""
+    if isinstance(module, nn.Linear):
         return False
-    return module.padding != "valid" and (module.padding == "same" or any(module.padding))
+    pads = module.padding != "valid" and (module.padding == "same" or any(module.padding))
+    return module.transposed or (module.padding_mode == "zeros" and pads)

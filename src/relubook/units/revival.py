@@ -42,6 +42,10 @@ OptimizerState = Literal["mixed", "zero", "mean"]
 
 # Optimizer state that holds a running size of the gradient; the rest of the state starts at zero.
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum", "exp_inf"}
+_MOVED = (
+    "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
+    "gets or returns, or the units are not silent on the batch"
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ class Change:
         before: Name of the batch norm in front of the rectifier that was reset, or None.
         consumers: Names of the layers whose weights for these units are now zero.
         folded: Those of the consumers whose bias took over the unit's constant.
-        gates: Names of the batch norms whose scale for these units is now zero, which stands in
-            for zero outgoing weights where the constant does not fit into a bias.
+        gates: Names of the batch norms whose scale is zero instead, see :func:`revive_`.
         silent: How many of the revived units are silent on the batch all the same.
     """
 
@@ -72,13 +75,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Left:
-    """A site with dead units that was left as it was.
-
-    Attributes:
-        site: Name of the site in the report.
-        units: Number of its dead units.
-        reason: Why they could not be revived, and what would help.
-    """
+    """A site whose dead units were left, their number, and why, and what would help."""
 
     site: str
     units: int
@@ -87,12 +84,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Revival:
-    """What :func:`revive_` changed and what it left; its text is a table.
-
-    Attributes:
-        changes: One entry for each repaired site, in execution order.
-        left: One entry for each site whose dead units were left untouched.
-    """
+    """What :func:`revive_` changed and what it left, by sites in execution order."""
 
     changes: tuple[Change, ...]
     left: tuple[Left, ...]
@@ -145,11 +137,9 @@ def revive_(
     units were silent: bit for bit, or up to rounding where a batch norm stands behind the
     rectifier. Such a norm turns the unit's 0 into a constant c, and the next layer's bias takes
     over c times the outgoing weights. Where that would be inexact (zero padding, no bias), the
-    norm's scale becomes 0 and its shift c instead, and the outgoing weights stay ("scale of" in
-    the repr). In training mode the function can change by what running and batch mean differ.
-
-    **The promise is verified.** The outputs on the batch must be the same before and after, with
-    all of the model's own hooks in place. A site whose repair moves them is put back and listed.
+    norm's scale becomes 0 and its shift c instead, and the outgoing weights stay. In training mode
+    the function can change by what running and batch mean differ. The outputs on the batch are
+    compared, with the model's own hooks; a site whose repair moves them is put back and listed.
 
     **Which layers come next** is observed in passes with noise in place of the layers' outputs, on
     the path that the batch takes. Left and listed with the reason: sums (residual connections),
@@ -157,40 +147,30 @@ def revive_(
     called more than once, share a weight, carry a parametrization, or are frozen.
 
     **How they learn.** In the first step only the outgoing weights (or the scale) get a gradient
-    that is not zero, from the second step on the incoming ones too. Call it between steps:
-    gradients stored from before are not touched.
-
-    **The optimizer.** For the changed entries alone, running averages of the gradient become 0.
-    Adam's step count belongs to the whole tensor and is kept: with second moments of 0 too, the
-    first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and rises to 6.6
-    times for a steady gradient (10 times for RMSprop). On outgoing weights such steps disturb the
-    function; incoming ones learn soon by them. Hence the choice for the second moments
-    (``exp_avg_sq``, ``square_avg``, Adagrad's ``sum``, ...):
-
-    - "mixed": outgoing entries get the mean over the tensor's other entries; incoming ones 0.
-    - "zero": all get 0. "mean": all get the mean, and hardly learn for 1 / (1 - beta2) steps.
-
-    Other state returns to the optimizer's own start; Adafactor's rows and columns stay.
+    that is not zero, from the second step on the incoming ones too. The optimizer's running
+    averages become 0 in the changed entries, other state returns to its start, and Adam's step
+    count is kept. With second moments of 0 too, Adam's first update is (1 - beta1) /
+    sqrt(1 - beta2) = 3.2 times the learning rate, and rises to 6.6 times for a steady gradient (10
+    times for RMSprop): incoming weights learn soon by that, outgoing ones disturb the function.
 
     Args:
-        model: The model, changed in place. Its mode, hooks and gradients stay as they are; the
-            passes run its hooks as any forward pass does.
+        model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
-            is the input, or a dict of keyword arguments. By default the report's ``example``, the
-            first batch that ``diagnose`` ran.
-        optimizer: The optimizer that trains the model. Without it, its old moments go on to push
-            the fresh weights.
-        optimizer_state: What the second moments of these entries become; see above.
-        generator: Source of the fresh weights. By default a new one whose seed is derived from the
-            global random state, which is read but not advanced.
+            is the input, or a dict of keyword arguments; by default the report's ``example``.
+        optimizer: The optimizer whose moments would go on to push the fresh weights.
+        optimizer_state: Second moments (``exp_avg_sq``, Adagrad's ``sum``, ...) become the mean
+            over the tensor's other entries in outgoing entries and 0 in incoming ones ("mixed"), 0
+            in all ("zero") or the mean in all ("mean": slow for 1 / (1 - beta2) steps).
+        generator: Source of the fresh weights; by default a new one, seeded from the global random
+            state, which is not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
         ValueError: If there is no batch, the report belongs to another model, the optimizer does
-            not hold a parameter that is to be changed or keeps no state per entry (L-BFGS), or an
-            option is unknown. Whatever is raised, model and optimizer are as before.
+            not hold a parameter that is to be changed or is L-BFGS, or an option is unknown.
+            Whatever is raised, model and optimizer are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -198,14 +178,9 @@ def revive_(
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted, its layers cannot be read: revive the model it is from")
     if not hasattr(report, "sites"):
-        raise TypeError(
-            f"report is a {type(report).__name__}; it must be what "
-            "relubook.units.diagnosis.diagnose returns"
-        )
-    if optimizer_state not in get_args(OptimizerState):
-        raise ValueError(
-            f'optimizer_state is {optimizer_state!r}; it must be "mixed", "zero" or "mean"'
-        )
+        raise TypeError(f"report is a {type(report).__name__}; it must be what diagnose returns")
+    if optimizer_state not in (choices := get_args(OptimizerState)):
+        raise ValueError(f"optimizer_state is {optimizer_state!r}; it must be one of {choices}")
     batch = getattr(report, "example", None) if batch is None else batch
     if batch is None:
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
@@ -216,29 +191,19 @@ def revive_(
         state = bytes(torch.get_rng_state().tolist())
         seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "big")
         generator = torch.Generator().manual_seed(seed)
-    options = model, batch, init, generator, optimizer, optimizer_state
-    changes = _Repair(*options).attempt(plans)
+    repair = partial(_Repair, model, batch, init, generator, optimizer, optimizer_state)
+    changes = repair().attempt(plans)
     if changes is None:
         kept: list[Plan] = []
         for plan in plans:
-            if _Repair(*options).attempt([*kept, plan], keep=False) is None:
+            if repair().attempt([*kept, plan], keep=False) is None:
                 reasons[plan.site] = _MOVED
             else:
                 kept.append(plan)
-        changes = _Repair(*options).attempt(kept) or []
-    left = [site for site in report.sites if site.name in reasons]
-    return Revival(
-        tuple(changes),
-        tuple(Left(site.name, int(site.dead.sum()), reasons[site.name]) for site in left),
-    )
-
-
-# --- doing it ---------------------------------------------------------------------------------
-
-_MOVED = (
-    "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
-    "gets or returns, or the units are not silent on the batch"
-)
+        changes = repair().attempt(kept) or []
+    dead = {site.name: int(site.dead.sum()) for site in report.sites if site.name in reasons}
+    left = tuple(Left(name, units, reasons[name]) for name, units in dead.items())
+    return Revival(tuple(changes), left)
 
 
 @dataclass(frozen=True)
@@ -269,21 +234,20 @@ class _Repair:
         with torch.no_grad():
             try:
                 before = self.outputs()
-                for plan in plans:
-                    self.cut(plan)
-                for plan in plans:
-                    self.draw(plan)
+                for step in (self.cut, self.draw):
+                    for plan in plans:
+                        step(plan)
                 # Layer after layer in one pass, and buffers at its end: the pass restores them.
                 self.outputs([(plan.layer, partial(self.center, plan)) for plan in plans])
                 for buffer, value in self.statistics:
                     self.touch(buffer).copy_(value)
                 after = self.outputs()
-                same = len(before) == len(after) and all(map(_is_same, before, after))
-                if same and keep:
-                    if self.optimizer is not None:
-                        self.reset_state(self.optimizer)
-                    done = True
-                return list(map(self.change, plans)) if same else None
+                if len(before) != len(after) or not all(map(_is_same, before, after)):
+                    return None
+                if keep and self.optimizer is not None:
+                    self.reset_state(self.optimizer)
+                done = keep
+                return list(map(self.change, plans))
             finally:
                 if not done:
                     for tensor, value in self.saved.values():
@@ -300,21 +264,15 @@ class _Repair:
             return list(tensors_in(run(self.model, self.batch)))
 
     def touch(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.saved:
-            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+        self.saved.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         return tensor
 
-    def write(
-        self, parameter: Tensor, index: Any, value: Tensor | float, outgoing: bool = False
-    ) -> None:
+    def write(self, parameter: Tensor, index: Any, value: Any, outgoing: bool = False) -> None:
         """Set entries, and note that they start anew and on which side of the unit they are."""
-        if isinstance(value, Tensor):
-            value = value.to(parameter.device, parameter.dtype)
-        self.touch(parameter)[index] = value
+        self.touch(parameter)[index] = torch.as_tensor(value).to(parameter)
         none = torch.zeros_like(parameter, dtype=torch.bool)
         _, fresh, out = self.fresh.setdefault(id(parameter), (parameter, none, none.clone()))
-        fresh[index] = True
-        out[index] = outgoing
+        fresh[index], out[index] = True, outgoing
 
     def cut(self, plan: Plan) -> None:
         """Set the outgoing weights to zero, or shut the gates."""
@@ -348,12 +306,15 @@ class _Repair:
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
         self.write(layer.weight, index, fresh)
-        at = plan.units.to(layer.weight.device)
-        if layer.bias is not None:
-            self.write(layer.bias, at, 0.0)
-        if plan.before is not None and plan.before[1].affine:
-            self.write(plan.before[1].weight, at, 1.0)
-            self.write(plan.before[1].bias, at, 0.0)
+        norm = plan.before[1] if plan.before else None
+        for module, kind, value in (
+            (layer, "bias", 0.0),
+            (norm, "weight", 1.0),
+            (norm, "bias", 0.0),
+        ):
+            parameter = getattr(module, kind, None)
+            if parameter is not None:
+                self.write(parameter, plan.units.to(parameter.device), value)
 
     def center(self, plan: Plan, layer: Any, args: Any, output: Tensor) -> Tensor | None:
         """Give the fresh units mean 0 on the batch; a forward hook that returns what follows."""
@@ -363,8 +324,8 @@ class _Repair:
         centered = values - mean.to(values.dtype)
         if plan.before is not None:
             norm = plan.before[1]
-            if norm.running_mean is not None:
-                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
+                if buffer is not None:
                     buffer[at] = value.to(buffer.dtype)
                     self.statistics.append((buffer, buffer.clone()))
         elif layer.bias is not None:
@@ -372,41 +333,34 @@ class _Repair:
         else:
             sign = torch.where(mean < 0, -1.0, 1.0).to(values.dtype)
             index = _incoming(layer, plan.units)
-            shape = (-1, *[1] * (layer.weight.dim() - 1))
-            self.write(layer.weight, index, layer.weight[index] * sign.reshape(shape))
+            signs = sign.reshape(-1, *[1] * (layer.weight.dim() - 1))
+            self.write(layer.weight, index, layer.weight[index] * signs)
             centered = values * sign
         self.silent[plan.site] = int((centered.reshape(-1, len(at)).amax(0) <= 0).sum())
         return None if plan.before else output.index_copy(dim, at, centered.movedim(-1, dim))
 
     def change(self, plan: Plan) -> Change:
-        """What was changed for a site."""
-        return Change(
-            site=plan.site,
-            producer=plan.producer,
-            units=plan.units,
-            before=plan.before[0] if plan.before else None,
-            consumers=tuple(s.name for s in plan.sinks if not s.is_gate),
-            folded=tuple(s.name for s in plan.sinks if s.is_folded),
-            gates=tuple(s.name for s in plan.sinks if s.is_gate),
-            silent=self.silent[plan.site],
-        )
+        gates = tuple(sink.name for sink in plan.sinks if sink.is_gate)
+        consumers = tuple(sink.name for sink in plan.sinks if not sink.is_gate)
+        folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
+        what = plan.site, plan.producer, plan.units, plan.before[0] if plan.before else None
+        return Change(*what, consumers, folded, gates, self.silent[plan.site])
 
     def reset_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's state of the changed entries start anew."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter, fresh, outgoing in self.fresh.values():
-            group = groups.get(id(parameter), {})
-            masks = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}
+            averaged = {"mixed": outgoing, "zero": fresh & False, "mean": fresh}
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor) or value.shape != parameter.shape:
                     continue
                 at = fresh.to(value.device)
                 others = self.touch(value)[~at]
                 begin = "lr" if key == "step_size" else "initial_accumulator_value"
-                anew = torch.full_like(value, float(group.get(begin, 0.0)))
-                value[at] = parameter.detach().to(value)[at] if key == "ax" else anew[at]
+                anew = groups[id(parameter)].get(begin, 0.0)
+                value[at] = parameter.to(value)[at] if key == "ax" else float(anew)
                 if key in _SECOND_MOMENTS and len(others):
-                    value[masks[self.optimizer_state].to(value.device)] = others.mean()
+                    value[averaged[self.optimizer_state].to(value.device)] = others.mean()
 
 
 def _incoming(layer: Any, units: Tensor) -> Any:
@@ -422,9 +376,7 @@ def _incoming(layer: Any, units: Tensor) -> Any:
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
     """Whether two outputs are equal up to what rounding in a bias may do to them."""
-    if before.shape != after.shape:
-        return False
-    if not before.is_floating_point():
+    if before.shape != after.shape or not before.is_floating_point():
         return torch.equal(before, after)
     size = float(before.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()) if before.numel() else 0.0
     tolerance = torch.finfo(before.dtype).eps ** 0.5 * size
@@ -437,7 +389,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: 
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("L-BFGS keeps no state per entry: pass a new one after revive_ instead")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in model.parameters()):
+    if held.isdisjoint(map(id, model.parameters())):
         raise ValueError("the optimizer holds none of the model's parameters")
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
     if missing:
