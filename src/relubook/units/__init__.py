@@ -1,1 +1,1 @@
-"""Which units of a model are silent, when they died, whether for good, and how to bring them back."""
+"""Which units of a model are silent, when they died, for good or not, and how to revive them."""

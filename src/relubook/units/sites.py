@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relubook.units._kinds import CANDIDATES, COMPOSED, Kind, classify, is_zero
+from relubook.units._kinds import COMPOSED, Kind, classify, is_zero
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
 from relubook.units._undisturbed import is_compiled, undisturbed, unwrapped
 
@@ -318,7 +318,7 @@ class SiteFinder(TorchDispatchMode):
             first = args[0] if args else None
             composed = COMPOSED.get(type(module).__name__)
             if composed and isinstance(first, Tensor) and isinstance(output, Tensor):
-                site = self._site("", Kind(composed, silences=False), first)
+                site = self._site("", composed, first)
                 if site is not None:
                     self.before(site, first)
                     self.observe(site, first, output)
@@ -369,7 +369,7 @@ class SiteFinder(TorchDispatchMode):
                 return out
         bound = dict(zip(names, args, strict=False)) | kwargs
         site = None
-        kind = classify(operator, bound) if operator in CANDIDATES else None
+        kind = classify(operator, bound)
         if kind is not None:
             x, other = bound["self"], bound.get("other")
             if other is not None and not is_zero(other):
