@@ -1,20 +1,11 @@
 """The members of the rectifier's family, by the operators that compute them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-
-COMPOSED = {
-    "NewGELUActivation": "gelu_new",
-    "FastGELUActivation": "gelu_fast",
-    "QuickGELUActivation": "quick_gelu",
-    "QuickGELU": "quick_gelu",
-}
-"""Modules of other libraries that compute a smooth member by arithmetic, and its kind."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +13,8 @@ class Kind:
     """One member of the family.
 
     Attributes:
-        name: ``"relu"`` and so on.
         silences: Whether it has a silent region.
-        level: It is silent up to this pre-activation; ``-inf`` if its silent region is a band.
+        level: Largest silent pre-activation; ``-inf`` if the silent region is a band.
         by_output: Whether its output tells more exactly whether it is silent.
     """
 
@@ -34,42 +24,10 @@ class Kind:
     by_output: bool = False
 
     def fires(self, x: Tensor, out: Tensor | None) -> Tensor:
-        """Return where a unit is not silent, as ``bool``; never at NaN.
-
-        Args:
-            x: Pre-activations.
-            out: Outputs, of the same shape; may be ``None`` unless ``by_output``.
-        """
-        if not self.by_output:
+        """Return where a unit is not silent, never at NaN; ``out`` counts if ``by_output``."""
+        if not self.by_output or out is None:
             return x > self.level
-        assert out is not None
-        return (out != 0) & ~torch.isnan(out)
-
-
-KINDS = {
-    "relu": Kind("relu"),
-    "relu6": Kind("relu6"),
-    "hardswish": Kind("hardswish", level=-3.0, by_output=True),
-    "hardsigmoid": Kind("hardsigmoid", level=-3.0, by_output=True),
-    "hardshrink": Kind("hardshrink", level=-math.inf, by_output=True),
-    "softshrink": Kind("softshrink", level=-math.inf, by_output=True),
-    "_prelu_kernel": Kind("prelu", silences=False),
-    "rrelu_with_noise": Kind("rrelu", silences=False),
-    "rrelu_with_noise_functional": Kind("rrelu", silences=False),
-} | {
-    name: Kind(name, silences=False)
-    for name in ("leaky_relu", "prelu", "elu", "celu", "gelu", "silu", "mish", "softplus")
-}
-"""Operators that are members of the family whatever their arguments."""
-CANDIDATES = KINDS.keys() | {
-    "clamp",
-    "clip",
-    "clamp_min",
-    "maximum",
-    "fmax",
-    "threshold",
-    "hardtanh",
-}
+        return (out != 0) & ~out.isnan()
 
 
 def is_zero(value: Any) -> bool:
@@ -79,36 +37,60 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def _bounded(low: Any, high: Any) -> Kind | None:
+def smooth(name: str) -> Kind:
+    """Return a member without a silent region."""
+    return Kind(name, silences=False)
+
+
+def by_output(name: str, level: float = -math.inf) -> Kind:
+    """Return a member that is silent where its output is 0."""
+    return Kind(name, level=level, by_output=True)
+
+
+def bounded(low: Any, high: Any = None) -> Kind | None:
+    """Return the kind of a clamp; ``None`` unless its lower limit is 0."""
     if not is_zero(low):
         return None
     if high is None:
-        return KINDS["relu"]
-    return KINDS["relu6"] if not isinstance(high, Tensor) and high == 6 else Kind("hardtanh")
+        return RELU
+    return RELU6 if not isinstance(high, Tensor) and high == 6 else Kind("hardtanh")
+
+
+def threshold(level: float, value: Any) -> Kind | None:
+    """Return the kind of a threshold; ``None`` unless it puts 0 below its level."""
+    if not is_zero(value):
+        return None
+    return by_output("threshold", float(level)) if level else RELU
+
+
+RELU, RELU6 = Kind("relu"), Kind("relu6")
+FAMILY: dict[str, Kind | Callable[[Mapping[str, Any]], Kind | None]] = {
+    "relu": RELU,
+    "relu6": RELU6,
+    "hardswish": by_output("hardswish", -3.0),
+    "hardsigmoid": by_output("hardsigmoid", -3.0),
+    "hardshrink": by_output("hardshrink"),
+    "softshrink": by_output("softshrink"),
+    **dict.fromkeys(("clamp", "clip", "clamp_min"), lambda a: bounded(a.get("min"), a.get("max"))),
+    **dict.fromkeys(("maximum", "fmax"), lambda a: bounded(a["other"]) or bounded(a["self"])),
+    "hardtanh": lambda a: bounded(a.get("min_val", -1), a.get("max_val", 1)) or smooth("hardtanh"),
+    "threshold": lambda a: threshold(a["threshold"], a["value"]),
+    "leaky_relu": lambda a: bounded(a.get("negative_slope", 0.01)) or smooth("leaky_relu"),
+    **{name: smooth(name) for name in ("prelu", "elu", "celu", "gelu", "silu", "mish", "softplus")},
+    "_prelu_kernel": smooth("prelu"),
+    **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_functional"), smooth("rrelu")),
+}
+"""Members, or rules for them by the arguments, by the names of ATen's operators."""
+COMPOSED = {
+    "NewGELUActivation": smooth("gelu_new"),
+    "FastGELUActivation": smooth("gelu_fast"),
+    "QuickGELUActivation": smooth("quick_gelu"),
+    "QuickGELU": smooth("quick_gelu"),
+}
+"""Modules of other libraries that compute a smooth member by arithmetic."""
 
 
 def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
-    """Tell whether an operator is a member of the family.
-
-    Args:
-        operator: Name of the ATen operator, without its trailing underscore.
-        bound: Its arguments by name.
-
-    Returns:
-        Its kind, or ``None`` for any other operator.
-    """
-    if operator in ("clamp", "clip", "clamp_min"):
-        return _bounded(bound.get("min"), bound.get("max"))
-    if operator in ("maximum", "fmax"):
-        return _bounded(bound.get("other"), None) or _bounded(bound.get("self"), None)
-    if operator == "hardtanh":
-        low, high = bound.get("min_val", -1), bound.get("max_val", 1)
-        return _bounded(low, high) or Kind("hardtanh", silences=False)
-    if operator == "threshold":
-        level = float(bound["threshold"])
-        if not is_zero(bound.get("value")):
-            return None
-        return Kind("threshold", level=level, by_output=True) if level else KINDS["relu"]
-    if operator == "leaky_relu" and is_zero(bound.get("negative_slope", 0.01)):
-        return KINDS["relu"]
-    return KINDS.get(operator)
+    """Return the kind of an operator with these arguments; ``None`` outside the family."""
+    kind = FAMILY.get(operator)
+    return kind(bound) if callable(kind) else kind

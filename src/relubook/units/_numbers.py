@@ -7,10 +7,12 @@ anew. They are expanded from a few numbers (with stride 0), and so cost next to 
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 RAW = "no layer came before it"
@@ -18,7 +20,6 @@ RAW = "no layer came before it"
 
 
 def words(text: str) -> frozenset[str]:
-    """Return a set of names."""
     return frozenset(text.split())
 
 
@@ -32,7 +33,6 @@ PICKS = words(
     "index index_select gather flip roll pixel_shuffle pixel_unshuffle channel_shuffle "
     "native_channel_shuffle _pack_padded_sequence cat stack"
 )
-NUMBERS = ("units", "inputs")
 FACTORS = {
     "mm": ("self", "mat2"),
     "bmm": ("self", "mat2"),
@@ -74,12 +74,10 @@ def fitted(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     if numbers is None or numbers.shape == tuple(shape):
         return numbers
     small = core(numbers)
-    new = shape[len(shape) - small.ndim :]
-    if small.ndim > len(shape) or any(
-        a not in (1, b) for a, b in zip(small.shape, new, strict=True)
-    ):
+    try:
+        return small.expand(tuple(shape))
+    except RuntimeError:
         return None
-    return small.expand(tuple(shape))
 
 
 def reshaped(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
@@ -103,18 +101,13 @@ def summed(numbers: Tensor | None, dims: Sequence[int], shape: Sequence[int]) ->
     return fitted(small.squeeze(tuple(dims)) if len(shape) < small.ndim else small, shape)
 
 
-def _count(numbers: Tensor) -> int:
-    return core(numbers).numel()
-
-
 def alike(one: Tensor, other: Tensor) -> bool:
     """Tell whether two numberings of one shape tell the same elements apart."""
     if one is other:
         return True
     one, other = core(one), core(other)
-    if one.shape != other.shape:
-        return False
-    return bool((one.unique(return_inverse=True)[1] == other.unique(return_inverse=True)[1]).all())
+    ranks = (numbers.unique(return_inverse=True)[1] for numbers in (one, other))
+    return one.shape == other.shape and torch.equal(*ranks)
 
 
 class Layer(NamedTuple):
@@ -176,18 +169,13 @@ def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
 
 
 class Numbering:
-    """The tags of the tensors of a forward pass.
-
-    Args:
-        modules: The model's modules by name.
-    """
+    """The tags of the tensors of a forward pass through a model's modules, given by name."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self.running = ""
         self.tags = WeakTensorKeyDictionary()
-        self.nameless = 0
-        self.age = 0
+        self.nameless = self.age = 0
         self.owners: dict[int, tuple[nn.Parameter, list[tuple[str, str]]]] = {}
         for name, module in modules.items():
             for own, parameter in module.named_parameters(recurse=False):
@@ -219,7 +207,7 @@ class Numbering:
             self.nameless += 1
             source = ("", str(self.nameless))
         layer = Layer(layer.name, source, dim, self.age)
-        return Tag(units, tag.inputs, tag.data, "", layer, True)
+        return Tag(units, tag.inputs, tag.data, "", layer, near=True)
 
     def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
         """Make sure of the tag of a known layer's output, whatever operators it used."""
@@ -239,56 +227,42 @@ class Numbering:
     def propagate(
         self, operator: str, func: Any, args: Sequence[Any], bound: Mapping[str, Any], out: Any
     ) -> None:
-        """Tag the results of an operator.
-
-        Args:
-            operator: Its name, without a trailing underscore.
-            func: Itself.
-            args: Its positional arguments.
-            bound: All its arguments by name.
-            out: What it returned.
-        """
-        flat = [
-            item
-            for value in bound.values()
-            for item in (value if isinstance(value, list | tuple) else (value,))
-        ]
-        tags = [tag for item in flat if (tag := self.of(item)) is not None]
+        """Tag the results ``out`` of an operator, given its arguments by place and by name."""
+        given = [v if isinstance(v, list | tuple) else (v,) for v in bound.values()]
+        tags = [tag for item in chain(*given) if (tag := self.of(item)) is not None]
         if not tags:
             return
-        results = [value for value in (out if isinstance(out, list | tuple) else (out,))]
+        results = list(out) if isinstance(out, list | tuple) else [out]
         data = [tag for tag in tags if not tag.weight]
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
-        moved = [[None] * len(results)] * 2
+        units = inputs = [None] * len(results)
         if moves and data:
-            moved = [self._moved(operator, func, args, len(results), k) for k in NUMBERS]
+            units = self._moved(operator, func, args, "units") or units
+            inputs = self._moved(operator, func, args, "inputs") or inputs
         for k, result in enumerate(results):
             if not isinstance(result, Tensor) or id(result) in self.owners:
                 continue
             if not data and operator != "embedding":
                 tag = weights[0]
             elif moves:
-                tag = self._moved_tag(operator, args[0], data, moved[0][k], moved[1][k])
+                tag = self._moved_tag(operator, args[0], data, units[k], inputs[k])
             else:
                 tag = self._tag_of(operator, bound, data, weights, tuple(result.shape))
             self.tags[result] = tag
 
-    def _moved(
-        self, operator: str, func: Any, args: Sequence[Any], results: int, which: str
-    ) -> Any:
+    def _moved(self, operator: str, func: Any, args: Sequence[Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""
         tag = self.of(args[0])
         first: Any = None if tag is None or tag.weight else getattr(tag, which)
         if operator in ("cat", "stack"):
             first = self._joined(args, which, operator == "cat")
         if first is None:
-            return [None] * results
-        on_cpu = torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, list(args[1:]))
+            return None
         try:
-            out = func(first, *on_cpu)
+            out = func(first, *tree_map_only(Tensor, Tensor.cpu, list(args[1:])))
         except (RuntimeError, TypeError, IndexError):  # an operator that takes no integers
-            return [None] * results
+            return None
         return out if isinstance(out, list | tuple) else [out]
 
     def _joined(self, args: Sequence[Any], which: str, cat: bool) -> list[Tensor] | None:
@@ -318,22 +292,16 @@ class Numbering:
         return told
 
     def _moved_tag(
-        self,
-        operator: str,
-        given: Any,
-        data: list[Tag],
-        units: Tensor | None,
-        inputs: Tensor | None,
+        self, operator: str, given: Any, data: list[Tag], units: Tensor | None, inputs: Any
     ) -> Tag:
         first = (self.of(given) or data[0]) if isinstance(given, Tensor) else data[0]
         if units is None:
             known = first.units is not None or first.weight
             reason = f"its units were lost in {operator}" if known else first.reason
             return Tag(None, inputs, any(tag.data for tag in data), reason)
-        whole = (
-            operator in VIEWS and first.units is not None and _count(units) == _count(first.units)
-        )
-        near = first.near and whole
+        near = first.near and operator in VIEWS
+        if near and first.units is not None:
+            near = core(units).numel() == core(first.units).numel()
         return first._replace(units=units, inputs=inputs, near=near)
 
     def _tag_of(
@@ -347,13 +315,12 @@ class Numbering:
         first = data[0] if data else Tag(data=False)
         layer = weights[0].layer if weights else Layer(None)
         ndim = len(shape)
-        lost = f"its units were lost in {operator}"
         if operator in SAME:
             return first
         if operator in SHAPES:
             units, inputs = reshaped(first.units, shape), reshaped(first.inputs, shape)
             if units is None and first.units is not None:
-                return Tag(None, inputs, first.data, lost)
+                return Tag(None, inputs, first.data, f"its units were lost in {operator}")
             return first._replace(units=units, inputs=inputs)
         if operator in FACTORS:
             return self._product(operator, bound, shape)
@@ -367,20 +334,18 @@ class Numbering:
         if operator == "copy":
             given = self.of(bound["src"])
             return merged([given if given and not given.weight else first], shape)
-        given = bound.get("self")
+        given, dims = bound.get("self"), bound.get("dim", ())
         if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
-            dims = bound["dim"] if isinstance(bound["dim"], list | tuple) else [bound["dim"]]
+            dims = dims if isinstance(dims, list | tuple) else [dims]
             gone = [dim % given.ndim for dim in dims if dim is not None] or list(range(given.ndim))
             units, inputs = summed(first.units, gone, shape), summed(first.inputs, gone, shape)
             reason = first.reason if first.units is None else "its units were summed up"
             return Tag(units, inputs, first.data, reason, first.layer)
         tag = merged(data, shape)
-        if tag.units is not None and ("pool" in operator or "dropout" in operator):
-            return tag._replace(near=first.near)
-        if tag.units is not None and operator == "add" and len(data) == 1 and weights:
-            bias = all(weight.layer.name == first.layer.name for weight in weights)
-            return tag._replace(near=first.near and bias)
-        return tag
+        bias = operator == "add" and len(data) == 1 and bool(weights)
+        bias = bias and all(weight.layer.name == first.layer.name for weight in weights)
+        keeps = bias or "pool" in operator or "dropout" in operator
+        return tag._replace(near=first.near and keeps and tag.units is not None)
 
     def _product(self, operator: str, bound: Mapping[str, Any], shape: tuple[int, ...]) -> Tag:
         """Return the tag of a matrix product; new units lie along the weight's free dimension."""

@@ -17,7 +17,6 @@ from relubook.units.sites import (
     AmbiguousUnitsError,
     Site,
     SiteFinder,
-    public_name,
     tensors_in,
     undisturbed,
     unwrapped,
@@ -38,14 +37,67 @@ class _Count:
         self.nonfinite = torch.zeros(site.units, dtype=torch.bool, device=x.device)
         self.peak = torch.full((site.units,), -torch.inf, dtype=x.dtype, device=x.device)
         self.magnitude = torch.zeros(site.units, dtype=torch.float64, device=x.device)
-        self.reset()
+        self.begin()
 
-    def reset(self) -> None:
-        """Forget the pass under way."""
+    def begin(self) -> None:
+        """Start a pass."""
         self.seen = 0
-        self.reached: Tensor | None = None
         self.mixed = False
-        self.fired_now: Tensor | None = None
+        self.reached: Tensor | None = None  # by input of the batch
+        self.fired_now: Tensor | None = None  # by input of the batch and unit
+
+    def add(self, site: Site, fires: Tensor, batch_size: int) -> None:
+        """Count where the units of a call fired."""
+        if site.inputs is None:
+            self.fired += site.per_unit(fires, "sum")
+            self.mixed = True
+            return
+        per_input = site.per_input(fires, batch_size)
+        self.fired += per_input.sum(0)
+        if self.reached is None or self.fired_now is None:
+            self.reached = torch.zeros(batch_size, dtype=torch.bool, device="cpu")
+            self.fired_now = torch.zeros_like(per_input, dtype=torch.bool)
+        self.fired_now |= per_input > 0
+        self.reached[core(site.inputs).flatten()] = True
+
+    def end(self, batch_size: int) -> None:
+        """Close a pass over one batch."""
+        self.observations += self.seen
+        if self.seen and (self.mixed or self.reached is None or self.fired_now is None):
+            self.inputs += min(batch_size, self.seen)
+            self.fired_inputs = None
+        elif self.seen and not self.site.data:  # the same in every pass
+            self.inputs = 1
+            self.fired_inputs = (self.fired > 0).long()
+        elif self.reached is not None and self.fired_now is not None:
+            self.inputs += int(self.reached.sum())
+            if self.fired_inputs is not None:
+                self.fired_inputs += self.fired_now.sum(0)
+        self.begin()
+
+    def report(self, name: str, smooth: bool, dormant_threshold: float) -> SiteReport:
+        """Return the site's report, with scores if smooth members were asked for."""
+        site = self.site
+        score = self.magnitude.cpu() / max(self.observations, 1)
+        score = score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)
+        return SiteReport(
+            name=name,
+            kind=site.kind.name,
+            producer=site.producer,
+            unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
+            inputs=self.inputs,
+            observations=self.observations,
+            fired=self.fired.cpu(),
+            fired_inputs=None if self.fired_inputs is None else self.fired_inputs.cpu(),
+            peak=(self.peak if self.peak.dtype == torch.float64 else self.peak.float()).cpu(),
+            nonfinite=self.nonfinite.cpu(),
+            score=score if smooth else None,
+            dormant_threshold=dormant_threshold,
+            silences=site.kind.silences,
+            shape=self.shape,
+            location=site.location,
+            calls=self.calls,
+        )
 
 
 class _Counter(SiteFinder):
@@ -72,52 +124,25 @@ class _Counter(SiteFinder):
             )
         self._last = self.order.index(site.key)
         count.calls += 1
-        if not x.numel():
-            return
-        count.seen += x.numel() // site.units
-        peak, low = site.per_unit(x, "amax"), site.per_unit(x, "amin")
-        count.peak = torch.maximum(count.peak, peak)
-        count.nonfinite |= ~(peak.isfinite() & low.isfinite())
-        if not site.kind.by_output:
-            self._count(count, site, site.kind.fires(x, None))
+        if x.numel():
+            count.seen += x.numel() // site.units
+            peak, low = site.per_unit(x, "amax"), site.per_unit(x, "amin")
+            count.peak = torch.maximum(count.peak, peak)
+            count.nonfinite |= ~(peak.isfinite() & low.isfinite())
+            if not site.kind.by_output:
+                count.add(site, site.kind.fires(x, None), self.batch_size)
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         count = self.counts[site.key]
         if x.numel() and site.kind.by_output:
-            self._count(count, site, site.kind.fires(x, out.detach()))
+            count.add(site, site.kind.fires(x, out.detach()), self.batch_size)
         if x.numel() and self.smooth:
             count.magnitude += site.per_unit(out.detach().abs().double(), "sum")
-
-    def _count(self, count: _Count, site: Site, fires: Tensor) -> None:
-        if site.inputs is None:
-            count.fired += site.per_unit(fires, "sum")
-            count.mixed = True
-            return
-        per_input = site.per_input(fires, self.batch_size)
-        count.fired += per_input.sum(0)
-        fired = per_input > 0
-        count.fired_now = fired if count.fired_now is None else count.fired_now | fired
-        if count.reached is None:
-            count.reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
-        count.reached[core(site.inputs).flatten()] = True
 
     def end(self) -> None:
         """Close the pass over one batch."""
         for count in self.counts.values():
-            count.observations += count.seen
-            if not count.seen:
-                continue
-            if count.mixed or count.reached is None or count.fired_now is None:
-                count.inputs += min(self.batch_size, count.seen)
-                count.fired_inputs = None
-            elif not count.site.data:  # the same in every pass
-                count.inputs = 1
-                count.fired_inputs = (count.fired > 0).long()
-            else:
-                count.inputs += int(count.reached.sum())
-                if count.fired_inputs is not None:
-                    count.fired_inputs += count.fired_now.sum(0)
-            count.reset()
+            count.end(self.batch_size)
         self._last = -1
 
 
@@ -141,12 +166,11 @@ def diagnose(
     most 0), and *dead* on the data when it is silent on all of it. NaN is not silence.
 
     Every rectifier is found by call site, however it is written: ``nn.ReLU``, ``F.relu``,
-    ``torch.relu``, ``x.relu()``, ``relu_``, ``clamp(min=0)``, ``clamp_min(0)``, ``threshold``,
-    ``torch.maximum(x, 0)``, ReLU6, hardtanh with a lower limit of 0, hardswish, hardsigmoid,
-    hardshrink, softshrink; in place, inside
-    ``nn.RNN(nonlinearity="relu")``, ``nn.TransformerEncoderLayer``, scripted, checkpointed and
-    compiled parts (which run eagerly for the occasion), and inside ``autograd.Function``.
-    Arithmetic that amounts to one, such as ``x * (x > 0)``, cannot be told from other arithmetic.
+    ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
+    lower limit of 0, hardswish, hardsigmoid, hardshrink, softshrink; in place, inside
+    ``nn.RNN(nonlinearity="relu")``, ``nn.TransformerEncoderLayer``, ``autograd.Function``, and
+    scripted, checkpointed and compiled parts (which run eagerly for the occasion). Arithmetic that
+    amounts to one, such as ``x * (x > 0)``, cannot be told from other arithmetic.
 
     A site's *name* is the module's qualified name, such as ``"layer1.0.relu"``; that of a
     function's call is the name of the module that runs it and the operator:
@@ -160,18 +184,17 @@ def diagnose(
     that produced them through views, permutations, sums and the like.
 
     Args:
-        model: Any module. It runs without gradients, in the mode it is in.
+        model: Any module. It runs without gradients.
         data: Iterable of batches: a tensor; a tuple or list whose first element is the input (a
             tensor, or a mapping of keyword arguments); or a mapping of keyword arguments. A
             single tensor or mapping is one batch. With ``forward``, anything.
-        mode: ``"train"`` or ``"eval"`` to diagnose in that mode. Default: as the model is.
+        mode: ``"train"`` or ``"eval"``. Default: as the model is.
         forward: ``forward(model, batch)`` runs the model, for batches of any other kind.
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
             size along ``batch_dim`` on which the tensors of the batch agree, save those of size 1.
-        family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (leaky ReLU,
-            PReLU, RReLU, ELU, SELU, CELU, GELU, SiLU, Mish, softplus, hardtanh with a lower limit
-            other than 0). They have no silent region; instead of dead, their units may be
-            *dormant*. For them ``fired`` counts positive pre-activations.
+        family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (GELU, SiLU,
+            softplus, hardtanh with another lower limit and so on). They have no silent region;
+            their units may be *dormant*, and ``fired`` counts positive pre-activations.
         unit_dim: The dimension of units, for all sites, or by a mapping from a site's name (with
             or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
             a site out.
@@ -183,16 +206,16 @@ def diagnose(
         device: Where to move the batches. Default: to the model's device, if it has one only.
 
     Returns:
-        The report. Afterwards the model's mode, hooks, gradients and buffers (batch norm's
-        statistics too), the random state and the gradient mode are what they were, also after an
-        exception. What a forward pass writes elsewhere, such as a plain Python attribute, stays.
+        The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
+        buffers, the random state and the gradient mode are what they were. What a forward pass
+        writes elsewhere, such as a plain Python attribute, stays.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``data`` or a batch is of an unknown kind, or
-            looks like inputs and targets, or holds a key that the model does not take.
-        ValueError: If the data hold no batch, a batch of size 0, or (``nonfinite="raise"``) NaN or
-            infinity; if the number of inputs cannot be told; if no rectifier was called; if a
-            name in ``unit_dim`` does not exist; or if the model has lazy parameters.
+        TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
+            inputs and targets, or holds a key that the model does not take.
+        ValueError: If the data hold no batch, an empty one, or NaN; if the number of inputs cannot
+            be told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or
+            if a parameter has no values yet.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site. A
             note of the report names those that were skipped where others can be told.
         RuntimeError: If the model is compiled and torch is older than 2.6.
@@ -206,7 +229,9 @@ def diagnose(
     _check_options(model, mode, family, nonfinite)
     counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
     inner = unwrapped(model)
-    target = _device_of(model) if device is None else torch.device(device)
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    target = torch.device(device) if device is not None else None
+    target = devices.pop() if device is None and len(devices) == 1 else target
     skipped: list[int] = []
     inputs = done = 0
     index, example = -1, None
@@ -227,8 +252,7 @@ def diagnose(
                     skipped.append(index)
                     continue
                 example = given if forward is None and not done else example
-                if target is not None:
-                    given = _moved(given, target)
+                given = _moved(given, target)
                 counter.begin(size, given)
                 try:
                     with counter:
@@ -246,21 +270,21 @@ def diagnose(
                 done += 1
         finally:
             counter.detach()
+    if index < 0 and isinstance(data, Iterator):
+        raise ValueError("data is an exhausted iterator: pass a list or a DataLoader instead")
     if index < 0:
-        raise ValueError(
-            "data is an iterator that yields nothing: a generator yields its batches only once, so "
-            "it may be exhausted; pass a list or a DataLoader"
-            if isinstance(data, Iterator)
-            else "data holds no batch: the verdict would rest on nothing"
-        )
+        raise ValueError("data holds no batch: the verdict would rest on nothing")
     if not done:
         raise ValueError(f"every batch held NaN or infinity: {skipped}")
-    notes = _notes(counter, unit_dim)
+    notes = _notes(counter)
     if not counter.order:
         if counter.ambiguous:
             raise AmbiguousUnitsError(notes[0])
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    sites = [_site_report(counter, key, dormant_threshold) for key in counter.order]
+    sites = [
+        counter.counts[key].report(counter.name_of(key), counter.smooth, dormant_threshold)
+        for key in counter.order
+    ]
     return Report(sites, inputs, done, skipped, notes, example)
 
 
@@ -273,18 +297,13 @@ def _check_options(model: Any, mode: Any, family: Any, nonfinite: Any) -> None:
         ("nonfinite", nonfinite, ("raise", "skip", "keep")),
     ):
         if value not in allowed:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}"
-            )
+            choices = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name} must be one of {choices}, not {value!r}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise ValueError(
-                f"{name} is lazy and has no values yet: run the model on one batch first"
-            )
+            raise ValueError(f"{name} is lazy, without values: run the model on one batch first")
         if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and has no values: load the model first"
-            )
+            raise ValueError(f"{name} is on the meta device, without values: load the model first")
 
 
 def _batches(data: Any) -> Iterable[Any]:
@@ -346,8 +365,7 @@ def _size(
     elif isinstance(given, PackedSequence):
         size = int(given.batch_sizes[0])
     else:
-        shapes = [x.shape for x in tensors if -x.ndim <= batch_dim < x.ndim]
-        sizes = {shape[batch_dim] for shape in shapes}
+        sizes = {x.shape[batch_dim] for x in tensors if -x.ndim <= batch_dim < x.ndim}
         sizes = sizes - {1} or sizes  # one row, such as position ids, serves all inputs
         if len(sizes) != 1:
             found = f"sizes {sorted(sizes)}" if sizes else "no tensor"
@@ -362,86 +380,51 @@ def _size(
 
 
 def _finite(given: Any) -> bool:
-    held = (
-        x if x.layout == torch.strided else x.coalesce().values() if x.is_sparse else x.values()
-        for x in tensors_in(given)
-    )
-    return all(bool(x.isfinite().all()) for x in held if x.is_floating_point())
+    for x in tensors_in(given):
+        if x.layout != torch.strided:
+            x = x.coalesce().values() if x.is_sparse else x.values()
+        if x.is_floating_point() and not x.isfinite().all():
+            return False
+    return True
 
 
-def _device_of(model: nn.Module) -> torch.device | None:
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    return devices.pop() if len(devices) == 1 else None
-
-
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device | None) -> Any:
     """Return the value with its tensors on a device; itself if they are there already."""
-    if all(tensor.device == device for tensor in tensors_in(value)):
+    if device is None or all(tensor.device == device for tensor in tensors_in(value)):
         return value
     if hasattr(value, "to"):
         return value.to(device)
     return tree_map_only(Tensor, lambda x: x.to(device), value)
 
 
-def _notes(counter: _Counter, unit_dim: Any) -> list[str]:
+def _notes(counter: _Counter) -> list[str]:
     """Return what could not be seen, or was left out, sites of unknown units first."""
-    notes = []
-    if isinstance(unit_dim, Mapping):
-        unknown = [name for name in unit_dim if name not in counter.used_overrides]
-        if unknown:
-            sites = ", ".join([*map(counter.name_of, counter.order), *counter.ambiguous]) or "none"
-            raise ValueError(
-                f"unit_dim names {unknown}, which the model did not call; sites: {sites}"
-            )
-    if counter.ambiguous:
-        name = next(iter(counter.ambiguous))
-        listed = "\n".join(f"  {site!r}: {why}" for site, why in counter.ambiguous.items())
+    notes, ambiguous = [], counter.ambiguous
+    names = {key: counter.name_of(key) for key in counter.order}
+    given = counter.unit_dim if isinstance(counter.unit_dim, Mapping) else {}
+    if unknown := [name for name in given if name not in counter.used_overrides]:
+        sites = ", ".join([*names.values(), *ambiguous]) or "none"
+        raise ValueError(f"unit_dim names {unknown}, which the model did not call; sites: {sites}")
+    if ambiguous:
+        listed = "\n".join(f"  {site!r}: {why}" for site, why in ambiguous.items())
+        example = repr(next(iter(ambiguous)))
         notes.append(
             "SKIPPED: cannot tell along which dimension the units lie at these sites:\n"
-            f"{listed}\nSay so by unit_dim={{{name!r}: 1}} (a dimension of that shape), or leave a "
-            f"site out by unit_dim={{{name!r}: None}}."
+            f"{listed}\nSay so by unit_dim={{{example}: 1}} (a dimension of that shape), or leave "
+            f"a site out by unit_dim={{{example}: None}}."
         )
-    notes += counter.notes
-    if counter.seen_smooth:
-        calls = ", ".join(f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items())
-        notes.append(f"Without a silent region, so listed by family='all' only: {calls}.")
-    if counter.left_out:
-        notes.append(f"Left out by unit_dim: {', '.join(sorted(counter.left_out))}.")
-    constant = [counter.name_of(key) for key in counter.order if not counter.counts[key].site.data]
-    if constant:
-        notes.append(f"Independent of the inputs, so n = 1: {', '.join(constant)}.")
     idle = [
         name
         for name, module in counter._modules.items()
         if isinstance(module, RECTIFIERS) and name not in counter.called
     ]
-    if idle:
-        notes.append(f"Never called as modules: {', '.join(idle)}.")
-    return notes
-
-
-def _site_report(counter: _Counter, key: tuple[Any, ...], dormant_threshold: float) -> SiteReport:
-    count = counter.counts[key]
-    site = count.site
-    score = None
-    if counter.smooth:
-        score = count.magnitude.cpu() / max(count.observations, 1)
-        score = score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)
-    return SiteReport(
-        name=counter.name_of(key),
-        kind=site.kind.name,
-        producer=None if site.producer is None else public_name(site.producer),
-        unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
-        inputs=count.inputs,
-        observations=count.observations,
-        fired=count.fired.cpu(),
-        fired_inputs=None if count.fired_inputs is None else count.fired_inputs.cpu(),
-        peak=(count.peak if count.peak.dtype == torch.float64 else count.peak.float()).cpu(),
-        nonfinite=count.nonfinite.cpu(),
-        score=score,
-        dormant_threshold=dormant_threshold,
-        silences=site.kind.silences,
-        shape=count.shape,
-        location=site.location,
-        calls=count.calls,
-    )
+    smooth = [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]
+    constant = [name for key, name in names.items() if not counter.counts[key].site.data]
+    lists = {
+        "Without a silent region, so listed by family='all' only": smooth,
+        "Left out by unit_dim": sorted(counter.left_out),
+        "Independent of the inputs, so n = 1": constant,
+        "Never called as modules": idle,
+    }
+    notes += counter.notes
+    return notes + [f"{what}: {', '.join(found)}." for what, found in lists.items() if found]

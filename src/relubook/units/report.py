@@ -3,37 +3,31 @@
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from relubook._optional import require
 
-STATES = ("dead", "rare", "mixed", "always on", "non-finite")
-"""The states of a unit of a rectifier; each unit is in exactly one of them."""
-
 RARE = 0.01
 """A unit that fires on fewer than this share of the inputs, and on one at least, is rare."""
 
+LOOKS = {
+    "dead": ("#000000", ""),
+    "rare": ("#D55E00", "////"),
+    "mixed": ("#dddddd", ""),
+    "always on": ("#882255", ".."),
+    "non-finite": ("#C6619A", "xx"),
+}
+"""Color and hatch of each state; each unit of a rectifier is in exactly one of them."""
+STATES = tuple(LOOKS)
 
-class Named(Protocol):
-    """Anything with a name."""
-
-    @property
-    def name(self) -> str:
-        """The site's name."""
-
-
-S = TypeVar("S", bound=Named)
+S = TypeVar("S", bound=Any)
 
 
 class SiteListing(Generic[S]):
-    """Sites in execution order, each to be had by its name or its place.
-
-    Attributes:
-        sites: The sites.
-    """
+    """Sites in execution order, each to be had by its name or its place."""
 
     sites: Sequence[S]
 
@@ -56,73 +50,55 @@ class SiteListing(Generic[S]):
 
 
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Lay out a table in aligned columns.
+    """Return the lines of a table, with a rule below its header.
 
     Args:
         rows: The header and the rows, all of one length.
         words: How many of the first columns hold words, set flush left; the others hold numbers.
-
-    Returns:
-        One line a row, with a rule below the header.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+    aligned = [
+        f"{'<' if column < words else '>'}{max(map(len, cells))}"
+        for column, cells in enumerate(zip(*rows, strict=True))
     ]
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return lines
+    lines = ["  ".join(map(format, row, aligned)).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def silence_bound(inputs: int, confidence: float = 0.95) -> float:
-    """Bound the firing rate of a unit that was silent on every input.
+    """Bound the firing rate of a unit that was silent on n independent inputs.
 
-    The exact (Clopper and Pearson 1934) one-sided bound for no success in n independent trials:
-    the rate p at which ``(1 - p) ** n == 1 - confidence``. It is close to 3/n at 95%.
-
-    Args:
-        inputs: Number n of independent inputs. Positions of one input do not count.
-        confidence: Level of the bound.
-
-    Returns:
-        The upper bound on the rate; 1 for no input.
-
-    Source:
-        https://doi.org/10.1093/biomet/26.4.404
+    The exact one-sided bound for no success in n trials, about 3/n at 95%: the rate p at which
+    ``(1 - p) ** n == 1 - confidence`` (Clopper and Pearson 1934,
+    https://doi.org/10.1093/biomet/26.4.404). Positions of one input do not count; 1 for no input.
     """
     return 1.0 if inputs < 1 else 1.0 - (1.0 - confidence) ** (1.0 / inputs)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SiteReport:
-    """What one rectifier did: one entry per unit.
+    """What one rectifier did. All tensors have shape (units,).
 
     Attributes:
         name: The site's name, see :func:`relubook.units.diagnosis.diagnose`.
         kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ``"threshold"``, ``"hardswish"`` and so on.
-        producer: Qualified name of the module with weights (linear, convolution, normalization
-            and so on) whose output reached the rectifier directly, or through shape-only
-            operations, pooling or dropout. ``None`` where something else came in between, such as
+        producer: Name of the module with weights whose output reached the rectifier directly or
+            through shape operations, pooling or dropout; ``None`` after anything else, such as
             the sum of a residual connection.
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
             view spread them over several (attention heads): units are then counted row by row.
         inputs: Number of independent inputs that reached the site; 1 if it depends on none.
         observations: Number of values seen per unit: inputs times positions times calls.
-        fired: ``int64``, shape (units,): on how many observations the unit was not silent.
-        fired_inputs: ``int64``, shape (units,): on how many inputs it fired at one position at
-            least. ``None`` where the inputs cannot be told apart at the site.
-        peak: Shape (units,): largest pre-activation.
-        nonfinite: ``bool``, shape (units,): some pre-activation was NaN or infinite. Such a unit
-            is in no other state, since NaN is not silence.
-        score: Shape (units,): mean absolute output over its mean across the layer (Sokar et al.
-            2023, https://arxiv.org/abs/2302.12902); ``None`` unless asked for by
-            ``family="all"``.
+        fired: ``int64``: on how many observations the unit was not silent.
+        fired_inputs: ``int64``: on how many inputs it fired at one position at least. ``None``
+            where the inputs cannot be told apart at the site.
+        peak: Largest pre-activation.
+        nonfinite: ``bool``: some pre-activation was NaN or infinite. Such a unit is in no other
+            state, since NaN is not silence.
+        score: Mean absolute output over its mean across the layer (Sokar et al. 2023,
+            https://arxiv.org/abs/2302.12902); ``None`` unless ``family="all"``.
         dormant_threshold: A unit with a score up to this one is dormant.
-        silences: Whether the function can be silent at all. Leaky and smooth ones are not:
-            their units are never dead, but may be dormant.
+        silences: Whether the function can be silent. Leaky and smooth ones cannot: their units
+            are never dead, but may be dormant.
         shape: Shape of the rectifier's input when the site was first reached.
         location: ``"file.py:12"``, the line of the model that made the call, if known.
         calls: How often it was called, over all batches.
@@ -167,8 +143,7 @@ class SiteReport:
     def rare(self) -> Tensor:
         """Units that fired, but on fewer than 1% of the inputs, ``bool``, shape (units,).
 
-        Where the inputs cannot be told apart (``fired_inputs`` is ``None``), on fewer than 1% of
-        the observations.
+        Where ``fired_inputs`` is ``None``, on fewer than 1% of the observations.
         """
         few = self.fired < RARE * self.observations
         if self.fired_inputs is not None:
@@ -192,10 +167,9 @@ class SiteReport:
 
     @property
     def upper_bound(self) -> Tensor:
-        """95% upper bound on the firing rate of each silent unit, ``float64``, shape (units,).
+        """95% upper bound on the firing rate of each dead unit, ``float64``; NaN for the others.
 
-        See :func:`silence_bound`. It counts inputs, not positions. NaN for units that fired, or
-        that saw a non-finite value.
+        It counts inputs, not positions: see :func:`silence_bound`.
         """
         bound = torch.full((self.units,), silence_bound(self.inputs), dtype=torch.float64)
         return bound.masked_fill(~self.dead, torch.nan)
@@ -239,8 +213,7 @@ class Report(SiteListing[SiteReport]):
         batches: Number of batches it saw.
         skipped: Indices of batches that were left out because they held NaN or infinity.
         notes: What could not be seen, or was left out on purpose, in words.
-        example: The input of the first batch, as it was given, on which
-            :func:`relubook.units.revival.revive_` runs the model; None with ``forward=``.
+        example: The input of the first batch, as it was given; ``None`` with ``forward=``.
     """
 
     sites: list[SiteReport]
@@ -269,45 +242,37 @@ class Report(SiteListing[SiteReport]):
                 fails at any value below 1.
 
         Raises:
-            AssertionError: If a site has a larger share of dead units, or a unit that saw NaN or
-                infinity. Names each.
+            AssertionError: If a site has a larger share, or a unit that saw NaN or infinity.
             ValueError: If ``max_dead`` is not between 0 and 1.
         """
         if not 0 <= max_dead <= 1:
             raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
-        faults = []
+        faults = [f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"]
         for site in self.sites:
             counts = site.counts()
+            dead = f"{counts['dead']} of {site.units} units dead"
             if site.dead_fraction > max_dead:
                 whole = ", the whole layer" if site.dead_layer else ""
-                faults.append(
-                    f"{site.name}: {counts['dead']} of {site.units} units dead{whole} "
-                    f"(n = {site.inputs:,} inputs)"
-                )
+                faults.append(f"{site.name}: {dead}{whole} (n = {site.inputs:,} inputs)")
             if counts["non-finite"]:
                 faults.append(f"{site.name}: {counts['non-finite']} units non-finite")
-        if faults:
-            message = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
-            raise AssertionError("\n  ".join([message, *faults]))
+        if len(faults) > 1:
+            raise AssertionError("\n  ".join(faults))
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.
 
-        Returns:
-            Columns ``site, kind, producer, unit, state, fired, observations, rate, inputs,
-            fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
-
-        Raises:
-            ImportError: If pandas is not installed.
+        Its columns are ``site, kind, producer, unit, state, fired, observations, rate, inputs,
+        fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
         """
         pandas = require("pandas", "tables of results")
         names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
         frames = []
         for site in self.sites:
-            masks = torch.stack(list(site.masks().values())).int()
+            states = torch.stack(list(site.masks().values())).int().argmax(0)
             columns: dict[str, Any] = {"site": site.name, "kind": site.kind}
             columns |= {"producer": site.producer, "unit": range(site.units)}
-            columns["state"] = [STATES[state] for state in masks.argmax(0).tolist()]
+            columns["state"] = [STATES[state] for state in states.tolist()]
             for name in (*names, "score"):
                 value = getattr(site, name)
                 columns[name] = value.tolist() if isinstance(value, Tensor) else value
@@ -323,32 +288,24 @@ class Report(SiteListing[SiteReport]):
 
         Returns:
             The ``matplotlib.figure.Figure``.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
         """
         if axes is None:
-            pyplot = require("matplotlib.pyplot", "figures")
             size = (5.2, 1.3 + 0.3 * len(self.sites))
+            pyplot = require("matplotlib.pyplot", "figures")
             axes = pyplot.subplots(figsize=size, layout="constrained")[1]
-        looks = (
-            ("#000000", ""), ("#D55E00", "////"), ("#dddddd", ""), ("#882255", ".."),
-            ("#C6619A", "xx"),
-        )  # fmt: skip
-        left = [0.0] * len(self.sites)
-        for state, (color, hatch) in zip(STATES, looks, strict=True):
-            widths = [site.counts()[state] / max(site.units, 1) for site in self.sites]
-            if any(widths):
+        left = torch.zeros(len(self.sites))
+        for state, (color, hatch) in LOOKS.items():
+            counts = [site.counts()[state] / max(site.units, 1) for site in self.sites]
+            if any(counts):
                 style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-                axes.barh(range(len(left)), widths, left=left, label=state, **style)
-                left = [start + width for start, width in zip(left, widths, strict=True)]
+                axes.barh(range(len(left)), counts, left=left.tolist(), label=state, **style)
+                left += torch.tensor(counts)
         labels = [f"{site.name} ({site.units})" for site in self.sites]
         axes.set_yticks(range(len(labels)), labels, fontsize=9)
         axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), xlabel="share of the site's units")
         axes.set_title(f"{self.dead_fraction:.1%} of the units dead, n = {self.inputs:,} inputs")
         axes.grid(False)
-        handles, states = axes.get_legend_handles_labels()
-        axes.figure.legend(handles, states, loc="outside lower center", ncols=3)
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return axes.figure
 
     def _rows(self) -> list[list[str]]:
@@ -373,10 +330,9 @@ class Report(SiteListing[SiteReport]):
             if site.dead_layer
         ]
         remarks += [
-            f"NON-FINITE: {int(site.nonfinite.sum())} units of {site.name} saw NaN or infinity; "
-            "that is not silence."
+            f"NON-FINITE: {count} units of {site.name} saw NaN or infinity; that is not silence."
             for site in self.sites
-            if site.nonfinite.any()
+            if (count := int(site.nonfinite.sum()))
         ]
         dead = sum(int(site.dead.sum()) for site in self.sites)
         if dead:
@@ -394,16 +350,8 @@ class Report(SiteListing[SiteReport]):
         return "\n".join([*plain_table(self._rows(), words=2), *self._remarks()])
 
     def _repr_html_(self) -> str:
-        def row(tag: str, cells: list[str]) -> str:
-            bold = "font-weight:bold" if cells[0] in self.dead_layers else ""
-            line = "".join(
-                f'<{tag} style="padding:.1em .6em;text-align:{"left" if column < 2 else "right"}">'
-                f"{html.escape(cell)}</{tag}>"
-                for column, cell in enumerate(cells)
-            )
-            return f'<tr style="{bold}">{line}</tr>'
-
-        header, *rows = self._rows()
-        body = "".join(row("td", cells) for cells in rows)
+        cells = [[html.escape(cell) for cell in row] for row in self._rows()]
+        header, *rows = (f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
+        table = f"<thead>{header.replace('td>', 'th>')}</thead><tbody>{''.join(rows)}</tbody>"
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return f"<table><thead>{row('th', header)}</thead><tbody>{body}</tbody></table>{remarks}"
+        return f"<table>{table}</table>{remarks}"

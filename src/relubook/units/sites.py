@@ -19,18 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relubook.units._kinds import CANDIDATES, COMPOSED, Kind, classify, is_zero
+from relubook.units._kinds import COMPOSED, Kind, classify, is_zero
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
 from relubook.units._undisturbed import is_compiled, undisturbed, unwrapped
 
-__all__ = [
-    "AmbiguousUnitsError",
-    "Site",
-    "SiteFinder",
-    "is_compiled",
-    "undisturbed",
-    "unwrapped",
-]
+__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "is_compiled", "undisturbed", "unwrapped"]
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 
@@ -43,8 +36,8 @@ class Site(NamedTuple):
     """One call of a rectifier, as :meth:`SiteFinder.observe` gets it.
 
     Attributes:
-        key: What tells this site from others: the way to the call, and the layer that feeds it.
-        base: Its name without the ``#k`` that tells sites of one name apart.
+        key: What tells this site from others: its name without ``#k``, the way to the call, and
+            the layer that feeds it.
         kind: Name and rule of silence.
         units: Number of units.
         dims: Dimensions of its input along which units lie.
@@ -52,13 +45,12 @@ class Site(NamedTuple):
             places by unit, each of which has equally many.
         inputs: Number of the input of each element; ``None`` if unknown.
         data: Whether what reaches it depends on the model's inputs.
-        producer: Qualified name of the module with weights that made its input, if nothing but
-            shape operations, pooling or dropout came since.
+        producer: Name of the module with weights that made its input, if nothing but shape
+            operations, pooling or dropout came since.
         location: Line of the model that made the call.
     """
 
     key: tuple[Any, ...]
-    base: str
     kind: Kind
     units: int
     dims: tuple[int, ...]
@@ -99,24 +91,22 @@ class Site(NamedTuple):
 def placed(units: Tensor, hint: int) -> tuple[int, tuple[int, ...], Tensor | None]:
     """Return a site's ``units, dims, order`` for the numbers of the units of its input.
 
-    Args:
-        units: Number of the unit of each element.
-        hint: Dimension of the only unit, from the end, where numbers cannot tell.
+    Where the numbers cannot tell, ``hint`` is the dimension of the only unit, from the end.
     """
     small = core(units)
     dims = tuple(along(small))
     if not dims:
+        if not units.ndim:
+            return 1, (), None
         single = [dim for dim in range(-units.ndim, 0) if units.shape[dim] == 1]
-        dim = (hint if hint in single or not single else single[-1]) % max(units.ndim, 1)
-        order = None if single or not units.ndim else torch.arange(units.shape[dim], device="cpu")
-        return 1, (dim,) * min(units.ndim, 1), order
+        dim = (hint if hint in single or not single else single[-1]) % units.ndim
+        return 1, (dim,), None if single else torch.arange(units.shape[dim], device="cpu")
     ids = small.flatten()
-    if torch.equal(ids, torch.arange(ids.numel(), device="cpu")):
-        return ids.numel(), dims, None
-    labels, counts = ids.unique(return_counts=True)
-    if len(labels) == ids.numel() or bool((counts != counts[0]).any()):
-        return ids.numel(), dims, None
-    return len(labels), dims, ids.argsort(stable=True)
+    if not torch.equal(ids, torch.arange(ids.numel(), device="cpu")):
+        labels, counts = ids.unique(return_counts=True)
+        if len(labels) < ids.numel() and bool((counts == counts[0]).all()):
+            return len(labels), dims, ids.argsort(stable=True)
+    return ids.numel(), dims, None
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -132,13 +122,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 yield from tensors_in(item)
 
 
-def public_name(name: str) -> str:
-    """Return a module's qualified name as written before ``torch.compile`` wrapped it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (__file__, torch.__file__))
 _CALL = nn.Module._call_impl.__code__
 _foreign: dict[CodeType, bool] = {}
 
@@ -146,28 +130,24 @@ _foreign: dict[CodeType, bool] = {}
 def call_path(
     frame: FrameType | None, boundary: FrameType | None, modules: Mapping[int, str]
 ) -> tuple[tuple[Any, ...], str | None]:
-    """Return the way from the model to a call, and the line of the model's code that makes it.
+    """Return the way from the model to a call, and ``"file.py:12"``, the line that makes it.
+
+    The way holds code and instruction of each frame outside torch and this package, and the name
+    of each module called, or its type, for those made anew in each pass.
 
     Args:
         frame: Where to start.
         boundary: Frame of the model's call, at which to stop.
-        modules: Names of the model's modules by ``id``. Others are made anew in each pass.
-
-    Returns:
-        Code and instruction of each frame outside torch and this package, the name or the type of
-        each module called, and ``"file.py:12"``.
+        modules: Names of the model's modules by ``id``.
     """
     path: list[Any] = []
     location = None
     while frame is not None and frame is not boundary:
         code = frame.f_code
-        foreign = _foreign.get(code)
-        if foreign is None:
-            name = code.co_filename
-            foreign = _foreign[code] = not name.startswith((_TORCH, _OWN))
-        if foreign:
-            if location is None:
-                location = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        if code not in _foreign:
+            _foreign[code] = not code.co_filename.startswith(_LIBRARIES)
+        if _foreign[code]:
+            location = location or f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
             path.append((code, frame.f_lasti))
         elif code is _CALL:
             module = frame.f_locals["self"]
@@ -206,8 +186,8 @@ class SiteFinder(TorchDispatchMode):
         self.called: set[str] = set()
         self.left_out: set[str] = set()
         self.used_overrides: set[str] = set()
-        self._modules = {
-            public_name(name): module
+        self._modules = {  # by their names before ``torch.compile`` wrapped them
+            ".".join(part for part in name.split(".") if part != "_orig_mod"): module
             for name, module in model.named_modules()
             if not hasattr(module, "_orig_mod")
         }
@@ -217,7 +197,7 @@ class SiteFinder(TorchDispatchMode):
         self._stack: list[tuple[str, int]] = []
         self._found = 0
         self._boundary: FrameType | None = None
-        self._ranks: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._ranks: dict[tuple[Any, ...], int] = {}
         self._bases: Counter[str] = Counter()
         self._unplaced: dict[tuple[Any, ...], str] = {}
         self._operators: dict[Any, tuple[str, tuple[str, ...], bool]] = {}
@@ -253,10 +233,10 @@ class SiteFinder(TorchDispatchMode):
             except (RuntimeError, TypeError):  # part of a scripted module
                 parent = self._modules.get(name.rpartition(".")[0])
                 if not name or not isinstance(parent, type(module)):
-                    self.notes[
+                    self._note(
                         f"{name or 'the model'} is scripted: its rectifiers carry the name of what "
                         "calls it, not those of its parts"
-                    ] = None
+                    )
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -266,12 +246,7 @@ class SiteFinder(TorchDispatchMode):
         self._numbers.clear()
 
     def begin(self, batch_size: int, inputs: Any) -> None:
-        """Start a pass over one batch.
-
-        Args:
-            batch_size: Number of inputs in it.
-            inputs: What the model will be called with.
-        """
+        """Start a pass over a batch of so many inputs, with what the model will be called with."""
         self.batch_size = batch_size
         self._stack.clear()
         self._numbers.clear()
@@ -280,6 +255,9 @@ class SiteFinder(TorchDispatchMode):
             rows = rows.view(-1, *[1] * (inputs.data.ndim - 1)).expand(inputs.data.shape)
             self._numbers.tags[inputs.data] = Tag(inputs=rows)
         self._mark(inputs, True)
+
+    def _note(self, text: str) -> None:
+        self.notes[text] = None
 
     def _mark(self, value: Any, data: bool) -> None:
         """Tag the tensors that no operator has tagged."""
@@ -299,14 +277,13 @@ class SiteFinder(TorchDispatchMode):
             self._stack.append((name, self._found))
             self._numbers.running = name
             self.called.add(name)
-            x = args[0] if args else None
-            if not getattr(module, "batch_first", True) and isinstance(x, Tensor) and x.ndim == 3:
-                tag = self._numbers.of(x)
-                if tag is not None and tag.inputs is not None and along(tag.inputs) == [0]:
-                    self.notes[
+            if not getattr(module, "batch_first", True) and args:
+                inputs = getattr(self._numbers.of(args[0]), "inputs", None)
+                if inputs is not None and inputs.ndim == 3 and along(inputs) == [0]:
+                    self._note(
                         f"{name} has batch_first=False and so reads the batch as time; if that is "
                         "meant, pass batch_dim=1, since n counts the inputs of the batch"
-                    ] = None
+                    )
 
         return hook
 
@@ -318,7 +295,7 @@ class SiteFinder(TorchDispatchMode):
             first = args[0] if args else None
             composed = COMPOSED.get(type(module).__name__)
             if composed and isinstance(first, Tensor) and isinstance(output, Tensor):
-                site = self._site("", Kind(composed, silences=False), first)
+                site = self._site("", composed, first)
                 if site is not None:
                     self.before(site, first)
                     self.observe(site, first, output)
@@ -328,9 +305,9 @@ class SiteFinder(TorchDispatchMode):
                 self._boundary = None
             recurrent = isinstance(module, nn.RNN) and module.nonlinearity == "relu"
             if (recurrent or isinstance(module, RECTIFIERS)) and not found:
-                self.notes[
+                self._note(
                     f"NOT SEEN: {name} was called, but its rectifier runs inside a fused operator"
-                ] = None
+                )
             if isinstance(module, nn.RNNBase):
                 output = output[0] if isinstance(output, tuple) else output
                 output = output.data if isinstance(output, PackedSequence) else output
@@ -357,9 +334,8 @@ class SiteFinder(TorchDispatchMode):
             name = schema.name.removeprefix("aten::")
             name = name if name.endswith("__") else name.removesuffix("_")
             names = tuple(argument.name for argument in schema.arguments)
-            composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-                func.name(), "CompositeImplicitAutograd"
-            )
+            implicit = torch._C._dispatch_has_kernel_for_dispatch_key
+            composite = implicit(func.name(), "CompositeImplicitAutograd")
             self._operators[func] = name, names, composite
         operator, names, composite = self._operators[func]
         if composite:  # torch takes it apart before, save in inference mode
@@ -369,7 +345,7 @@ class SiteFinder(TorchDispatchMode):
                 return out
         bound = dict(zip(names, args, strict=False)) | kwargs
         site = None
-        kind = classify(operator, bound) if operator in CANDIDATES else None
+        kind = classify(operator, bound)
         if kind is not None:
             x, other = bound["self"], bound.get("other")
             if other is not None and not is_zero(other):
@@ -394,35 +370,24 @@ class SiteFinder(TorchDispatchMode):
             return None
         tag = self._numbers.of(x) or Tag(data=False)
         running = self._stack[-1][0] if self._stack else ""
-        path, location = call_path(sys._getframe(2), self._boundary, self._module_names)
         if tag.weight:
-            self.notes[f"{kind.name} on weights in {running or 'the model'} is not counted"] = None
+            self._note(f"{kind.name} on weights in {running or 'the model'} is not counted")
             return None
         self._found += 1
         if not x.numel():
             return None
-        module = self._modules.get(running)
-        recurrent = isinstance(module, nn.RNN)
-        own = not shown or (
-            bool(running)
-            and module is not None
-            and (
-                type(module).__module__ == nn.ReLU.__module__
-                or not [*module.children(), *module.parameters(recurse=False)]
-            )
-        )
-        base = running if own else f"{running}.{shown}()".removeprefix(".")
+        path, location = call_path(sys._getframe(2), self._boundary, self._module_names)
+        base = self._base(running, shown)
         key: tuple[Any, ...] = (base, path, tag.layer.source)
-        if recurrent:  # the sites of its layers and directions are named as its weights are
+        if isinstance(self._modules.get(running), nn.RNN):  # its sites are named as its weights are
             base = f"{running}.{tag.layer.source[-1].split('_', 2)[2]}".removeprefix(".")
             key = (base, (), ())
         if key not in self._ranks:
             self._bases[base] += 1
-            self._ranks[key] = (base, self._bases[base])
+            self._ranks[key] = self._bases[base]
         units, inputs = tag.units, tag.inputs
-        pattern = self._override(base, f"{base}#{self._ranks[key][1]}")
-        dim = self.unit_dim[pattern] if isinstance(self.unit_dim, Mapping) and pattern else None
-        dim = self.unit_dim if isinstance(self.unit_dim, int) else dim
+        raw = tag.reason == RAW and x.ndim == 2 and x.shape[self.batch_dim] == self.batch_size
+        pattern, dim = self._override(base, f"{base}#{self._ranks[key]}")
         if dim is not None:
             if not -x.ndim <= dim < x.ndim:
                 raise ValueError(
@@ -433,12 +398,7 @@ class SiteFinder(TorchDispatchMode):
         elif pattern is not None:
             self.left_out.add(pattern)
             return None
-        elif (
-            units is None
-            and tag.reason == RAW
-            and x.ndim == 2
-            and x.shape[self.batch_dim] == self.batch_size
-        ):
+        elif units is None and raw:
             units = numbered(x.shape, 1 - self.batch_dim % 2)
             inputs = numbered(x.shape, self.batch_dim) if inputs is None else inputs
         if units is None:
@@ -447,30 +407,33 @@ class SiteFinder(TorchDispatchMode):
             return None
         if inputs is None and (self.batch_size == 1 or not tag.data):
             inputs = numbered(x.shape)
-        return Site(
-            key,
-            base,
-            kind,
-            *placed(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim),
-            inputs,
-            tag.data,
-            tag.layer.name if tag.near else None,
-            location if self._boundary is not None else None,
-        )
+        placing = placed(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
+        producer = tag.layer.name if tag.near else None
+        location = location if self._boundary is not None else None
+        return Site(key, kind, *placing, inputs, tag.data, producer, location)
+
+    def _base(self, running: str, shown: str) -> str:
+        """Return the name of the running module, with the operator's unless that is its purpose."""
+        module = self._modules.get(running) if running else None
+        if module is not None and (
+            type(module).__module__ == nn.ReLU.__module__
+            or not [*module.children(), *module.parameters(recurse=False)]
+        ):
+            shown = ""
+        return f"{running}.{shown}()".removeprefix(".") if shown else running
 
     def name_of(self, key: tuple[Any, ...]) -> str:
         """Return the name of a site, with ``#k`` if others have the same base."""
-        base, rank = self._ranks[key]
-        return f"{base}#{rank}" if self._bases[base] > 1 else base
+        return f"{key[0]}#{self._ranks[key]}" if self._bases[key[0]] > 1 else key[0]
 
-    def _override(self, base: str, name: str) -> str | None:
-        """Return what in ``unit_dim`` is about a site."""
+    def _override(self, base: str, name: str) -> tuple[str | None, int | None]:
+        """Return what in ``unit_dim`` is about a site, and the dimension it gives."""
         if not isinstance(self.unit_dim, Mapping):
-            return None
+            return None, self.unit_dim
         for pattern in (name, base, *self.unit_dim):
             if pattern in self.unit_dim and (
                 pattern in (name, base) or fnmatch.fnmatchcase(base, pattern)
             ):
                 self.used_overrides.add(pattern)
-                return pattern
-        return None
+                return pattern, self.unit_dim[pattern]
+        return None, None
