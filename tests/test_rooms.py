@@ -20,7 +20,6 @@ ROOMS = {
 CORE = ("layers", "units", "training")
 LINES = 8_500
 LINES_OF_A_FILE = 500
-TOLERATED = {("chapters/corners.py", "relubook.chapters.theory")}
 
 
 def room(module):
@@ -69,7 +68,7 @@ def foreign_libraries(file, source):
 @pytest.mark.parametrize("file", FILES)
 def test_imports_go_downwards_only(file):
     source = (PACKAGE / file).read_text(encoding="utf-8")
-    wrong = [name for name in wrong_directions(file, source) if (file, name) not in TOLERATED]
+    wrong = wrong_directions(file, source)
     assert not wrong, f"{file} must not import {', '.join(wrong)}"
 
 
@@ -103,11 +102,6 @@ def test_a_foreign_library_is_named():
     source = "import os\nimport torch.nn\nimport pandas as pd\n\ndef f():\n    import scipy"
     assert foreign_libraries("units/a.py", source) == ["pandas"]
     assert foreign_libraries("evidence/a.py", source) == []
-
-
-def test_what_is_tolerated_is_still_there():
-    for file, name in TOLERATED:
-        assert name in wrong_directions(file, (PACKAGE / file).read_text("utf-8"))
 
 
 def test_budget():

@@ -2,7 +2,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from relubook.chapters.regression import NOISES, descend_on_lines, fit_line, line_data
+from relubook.chapters.kinks import NOISES, descend_on_lines, fit_line, line_data
 
 
 @pytest.mark.parametrize("power", [1, 2, 3, 4])

@@ -4,19 +4,17 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from relubook.chapters.corners import (
-    draw_regions,
-    interpolation_misses,
-    member_regions,
-    region_counts,
-)
 from relubook.chapters.theory import (
     apply_layers,
+    draw_regions,
     hyperplane_regions,
     interpolation_error_bound,
+    interpolation_misses,
     layers_of,
     linear_regions_upper,
+    member_regions,
     plane_regions,
+    region_counts,
 )
 from relubook.training.recipe import Recipe
 
