@@ -19,15 +19,8 @@ from relubook.training.recipe import Recipe
 from relubook.training.stack import Stack
 from relubook.training.train import train
 
-__all__ = [
-    "born_dead",
-    "collapse",
-    "dead_shares",
-    "lower_bound",
-    "two_wide",
-    "upper_bound",
-    "width_needed",
-]
+__all__ = ["born_dead", "collapse", "dead_shares", "lower_bound", "two_wide", "upper_bound"]
+__all__ += ["width_needed"]
 
 # Of the stored table; a seed stands for a block of networks.
 WIDTHS = tuple(range(2, 11))
@@ -54,10 +47,7 @@ def lower_bound(width: int, depth: int) -> float:
 
 
 def width_needed(
-    depth: int,
-    probability: float = 0.01,
-    *,
-    bound: Callable[[int, int], float] = upper_bound,
+    depth: int, probability: float = 0.01, *, bound: Callable[[int, int], float] = upper_bound
 ) -> int:
     """Return the smallest width at which a bound allows no more than a probability."""
     width = 1

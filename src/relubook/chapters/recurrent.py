@@ -164,11 +164,7 @@ def memory_task(
     return {"loss": loss.tolist(), "learned": learned.double().tolist()}
 
 
-@computation(
-    "memory",
-    grid={"cell": list(CELLS), "lr": [0.001, 0.003, 0.01, 0.03, 0.1]},
-    seeds=70,
-)
+@computation("memory", grid={"cell": list(CELLS), "lr": [0.001, 0.003, 0.01, 0.03, 0.1]}, seeds=70)
 def memory(seeds: Sequence[int], *, cell: str, lr: float) -> Mapping[str, list[float]]:
     """Run :func:`memory_task` over 50 steps."""
     return memory_task(cell, seeds, lr)

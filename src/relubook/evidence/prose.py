@@ -1,7 +1,6 @@
 """Stated numbers, on any machine: a text is contradicted by an interval, never by last digits.
 
-Training is chaotic, so another processor gives other networks. What a text says of them is
-therefore asserted by :func:`says`, which fails only if the data exclude it.
+Training is chaotic, so that another processor gives other networks.
 """
 
 import math
