@@ -614,6 +614,8 @@ def test_where_hooks_change_what_is_computed_the_site_is_put_back(place):
     assert [change.site for change in revival.changes] == ["relu2"]
     assert torch.equal(model(x), before)
     assert torch.equal(state["one.weight"], model.one.weight)
+    fresh = nn.init.kaiming_normal_(torch.empty(1, 8), generator=seeded(1))
+    assert torch.equal(model.two.weight[[2]], fresh)  # trials leave the generator alone
     kept = revive_(mlp_with(state), report, x, generator=seeded(1))
     assert kept.total == 3
 

@@ -279,11 +279,12 @@ class _Arithmetic(NamedTuple):
     def smooth(self, layer: Any, box: _Box) -> _Box:
         # Implementations differ by some units in the last place, relative to 1 where the formula
         # subtracts 1 (elu, sigmoid by tanh); softplus jumps by exp(-threshold) at its threshold.
-        alpha, beta = getattr(layer, "alpha", 1.0), getattr(layer, "beta", 1.0)
-        slack = exp(-layer.threshold) / beta if isinstance(layer, nn.Softplus) else 0.0
+        scale, slack = max(getattr(layer, "alpha", 1.0), 2.0), 0.0
+        if isinstance(layer, nn.Softplus):
+            scale, slack = 2.0 / layer.beta, exp(-layer.threshold) / layer.beta
         low, high = self.exact(layer, box)
         ends = _Box(low - slack, high + slack)
-        return self.widen(ends, 16, ends.size + max(alpha, 2 / beta, 2.0))
+        return self.widen(ends, 16, ends.size + scale)
 
     def prelu(self, layer: Any, box: _Box) -> _Box:
         zero = torch.zeros_like(box.low).clamp(*box)  # the least value, where the slope is negative

@@ -306,13 +306,10 @@ class _Repair:
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
         self.write(layer.weight, index, fresh)
-        norm = plan.before[1] if plan.before else None
-        for module, kind, value in (
-            (layer, "bias", 0.0),
-            (norm, "weight", 1.0),
-            (norm, "bias", 0.0),
-        ):
-            parameter = getattr(module, kind, None)
+        resets = [(layer.bias, 0.0)]
+        if plan.before is not None:
+            resets += [(plan.before[1].weight, 1.0), (plan.before[1].bias, 0.0)]
+        for parameter, value in resets:
             if parameter is not None:
                 self.write(parameter, plan.units.to(parameter.device), value)
 
