@@ -407,7 +407,13 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "custom functions" in name else ())
+        for name in ARCHITECTURES
+    ],
+)
 def test_counts_agree_with_brute_force(name, mode):
     build, shape = ARCHITECTURES[name]
     model = build()
@@ -606,6 +612,7 @@ def test_states():
     assert (masks.sum(0) == 1).all()
 
 
+@pytest.mark.slow
 def test_silence_bound_is_clopper_and_pearsons():
     scipy = pytest.importorskip("scipy.stats")
     for n in (1, 10, 1000, 100000):

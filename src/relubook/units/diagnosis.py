@@ -167,16 +167,14 @@ def diagnose(
 
     Every rectifier is found by call site, however it is written: ``nn.ReLU``, ``F.relu``,
     ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
-    lower limit of 0, hardswish, hardsigmoid, hardshrink, softshrink; in place, inside
-    ``nn.RNN(nonlinearity="relu")``, ``nn.TransformerEncoderLayer``, ``autograd.Function``, and
-    scripted, checkpointed and compiled parts (which run eagerly for the occasion). Arithmetic that
-    amounts to one, such as ``x * (x > 0)``, cannot be told from other arithmetic.
+    lower limit of 0, hardswish, hardsigmoid, hardshrink, softshrink; also inside ``nn.RNN``,
+    ``nn.TransformerEncoderLayer``, ``autograd.Function``, and scripted, checkpointed and compiled
+    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other.
 
-    A site's *name* is the module's qualified name, such as ``"layer1.0.relu"``; that of a
-    function's call is the name of the module that runs it and the operator:
-    ``"layer1.0.relu()"``, or ``"relu()"`` in the model itself. A site is one place in the code fed
-    by one layer; its calls in a loop, such as the time steps of a cell, count as positions. Where
-    several sites have one name, ``#1``, ``#2`` and so on number them as they were first seen. The
+    A site's *name* is the module's qualified name, such as ``"layer1.0.relu"``, followed by the
+    operator where a module calls a function: ``"layer1.0.relu()"``, ``"relu()"``. A site is one
+    place in the code fed by one layer; its calls in a loop, such as the time steps of a cell, count
+    as positions. ``#1``, ``#2`` and so on number sites of one name as they were first seen. The
     rectifiers inside ``nn.RNN`` are named as its weights are, ``"rnn.l0"`` or ``"rnn.l1_reverse"``.
 
     *Units* are the channels of a convolution, whose positions count as observations, and the
@@ -207,8 +205,7 @@ def diagnose(
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
-        buffers, the random state and the gradient mode are what they were. What a forward pass
-        writes elsewhere, such as a plain Python attribute, stays.
+        buffers, the random state and the gradient mode are what they were.
 
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
@@ -216,8 +213,8 @@ def diagnose(
         ValueError: If the data hold no batch, an empty one, or NaN; if the number of inputs cannot
             be told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or
             if a parameter has no values yet.
-        AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site. A
-            note of the report names those that were skipped where others can be told.
+        AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
+            note of the report names some such sites.
         RuntimeError: If the model is compiled and torch is older than 2.6.
 
     Example:
@@ -422,7 +419,7 @@ def _notes(counter: _Counter) -> list[str]:
     constant = [name for key, name in names.items() if not counter.counts[key].site.data]
     lists = {
         "Without a silent region, so listed by family='all' only": smooth,
-        "Left out by unit_dim": sorted(counter.left_out),
+        "Left out by unit_dim": sorted(name for name, dim in given.items() if dim is None),
         "Independent of the inputs, so n = 1": constant,
         "Never called as modules": idle,
     }

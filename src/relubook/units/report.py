@@ -82,8 +82,7 @@ class SiteReport:
         name: The site's name, see :func:`relubook.units.diagnosis.diagnose`.
         kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ``"threshold"``, ``"hardswish"`` and so on.
         producer: Name of the module with weights whose output reached the rectifier directly or
-            through shape operations, pooling or dropout; ``None`` after anything else, such as
-            the sum of a residual connection.
+            through shape operations, pooling or dropout; ``None`` after anything else, as a sum.
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
             view spread them over several (attention heads): units are then counted row by row.
         inputs: Number of independent inputs that reached the site; 1 if it depends on none.
@@ -92,13 +91,10 @@ class SiteReport:
         fired_inputs: ``int64``: on how many inputs it fired at one position at least. ``None``
             where the inputs cannot be told apart at the site.
         peak: Largest pre-activation.
-        nonfinite: ``bool``: some pre-activation was NaN or infinite. Such a unit is in no other
-            state, since NaN is not silence.
-        score: Mean absolute output over its mean across the layer (Sokar et al. 2023,
-            https://arxiv.org/abs/2302.12902); ``None`` unless ``family="all"``.
-        dormant_threshold: A unit with a score up to this one is dormant.
-        silences: Whether the function can be silent. Leaky and smooth ones cannot: their units
-            are never dead, but may be dormant.
+        nonfinite: ``bool``: some pre-activation was NaN or infinite, which is no silence.
+        score: Mean absolute output over its mean across the layer; ``None`` unless
+            ``family="all"``. A unit with a score up to ``dormant_threshold`` is dormant.
+        silences: Whether the function can be silent; else no unit is ever dead.
         shape: Shape of the rectifier's input when the site was first reached.
         location: ``"file.py:12"``, the line of the model that made the call, if known.
         calls: How often it was called, over all batches.
@@ -202,10 +198,7 @@ class SiteReport:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report(SiteListing[SiteReport]):
-    """What ``diagnose`` found. ``print`` shows it as a table, Jupyter as a rich one.
-
-    ``report["name"]`` and ``report[0]`` are one site, ``len(report)`` their number, and iterating
-    gives them in execution order.
+    """What ``diagnose`` found: a table where printed; ``report["name"]``, ``report[0]`` are a site.
 
     Attributes:
         sites: One :class:`SiteReport` per rectifier, in execution order.
@@ -281,25 +274,23 @@ class Report(SiteListing[SiteReport]):
         return pandas.concat(frames, ignore_index=True)
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw one bar per site, in execution order, split by the state of its units.
+        """Draw a bar per site, split by the state of its units, and return the figure.
 
         Args:
             axes: ``matplotlib.axes.Axes`` to draw on. Default: a new figure, tall enough.
-
-        Returns:
-            The ``matplotlib.figure.Figure``.
         """
         if axes is None:
             size = (5.2, 1.3 + 0.3 * len(self.sites))
             pyplot = require("matplotlib.pyplot", "figures")
             axes = pyplot.subplots(figsize=size, layout="constrained")[1]
-        left = torch.zeros(len(self.sites))
-        for state, (color, hatch) in LOOKS.items():
-            counts = [site.counts()[state] / max(site.units, 1) for site in self.sites]
-            if any(counts):
+        shares = torch.tensor([list(site.counts().values()) for site in self.sites]).double()
+        shares /= shares.sum(1, keepdim=True).clamp(min=1)
+        left = shares.cumsum(1) - shares
+        for k, (state, (color, hatch)) in enumerate(LOOKS.items()):
+            if shares[:, k].any():
                 style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-                axes.barh(range(len(left)), counts, left=left.tolist(), label=state, **style)
-                left += torch.tensor(counts)
+                bars = {"width": shares[:, k].tolist(), "left": left[:, k].tolist()}
+                axes.barh(range(len(self)), **bars, label=state, **style)
         labels = [f"{site.name} ({site.units})" for site in self.sites]
         axes.set_yticks(range(len(labels)), labels, fontsize=9)
         axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), xlabel="share of the site's units")

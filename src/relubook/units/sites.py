@@ -184,7 +184,6 @@ class SiteFinder(TorchDispatchMode):
         self.notes: dict[str, None] = {}
         self.seen_smooth: Counter[str] = Counter()
         self.called: set[str] = set()
-        self.left_out: set[str] = set()
         self.used_overrides: set[str] = set()
         self._modules = {  # by their names before ``torch.compile`` wrapped them
             ".".join(part for part in name.split(".") if part != "_orig_mod"): module
@@ -396,7 +395,6 @@ class SiteFinder(TorchDispatchMode):
                 )
             units = numbered(x.shape, dim)
         elif pattern is not None:
-            self.left_out.add(pattern)
             return None
         elif units is None and raw:
             units = numbered(x.shape, 1 - self.batch_dim % 2)
