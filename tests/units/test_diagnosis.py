@@ -1165,6 +1165,7 @@ def test_on_cuda():
         assert (site.fired - other.fired).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_data_on_another_device_are_moved():
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
     moved: list[torch.device] = []

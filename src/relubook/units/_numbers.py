@@ -305,12 +305,7 @@ class Numbering:
         return first._replace(units=units, inputs=inputs, near=near)
 
     def _tag_of(
-        self,
-        operator: str,
-        bound: Mapping[str, Any],
-        data: list[Tag],
-        weights: list[Tag],
-        shape: tuple[int, ...],
+        self, operator: str, bound: Any, data: list[Tag], weights: list[Tag], shape: tuple[int, ...]
     ) -> Tag:
         first = data[0] if data else Tag(data=False)
         layer = weights[0].layer if weights else Layer(None)

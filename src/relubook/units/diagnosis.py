@@ -35,7 +35,8 @@ class _Count:
         self.fired = torch.zeros(site.units, dtype=torch.int64, device=x.device)
         self.fired_inputs: Tensor | None = torch.zeros_like(self.fired)
         self.nonfinite = torch.zeros(site.units, dtype=torch.bool, device=x.device)
-        self.peak = torch.full((site.units,), -torch.inf, dtype=x.dtype, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self.peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
         self.magnitude = torch.zeros(site.units, dtype=torch.float64, device=x.device)
         self.begin()
 
@@ -80,23 +81,18 @@ class _Count:
         site = self.site
         score = self.magnitude.cpu() / max(self.observations, 1)
         score = score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)
+        names = "inputs observations fired fired_inputs peak nonfinite shape calls"
+        held = {name: getattr(self, name) for name in names.split()}
         return SiteReport(
             name=name,
             kind=site.kind.name,
             producer=site.producer,
             unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
-            inputs=self.inputs,
-            observations=self.observations,
-            fired=self.fired.cpu(),
-            fired_inputs=None if self.fired_inputs is None else self.fired_inputs.cpu(),
-            peak=(self.peak if self.peak.dtype == torch.float64 else self.peak.float()).cpu(),
-            nonfinite=self.nonfinite.cpu(),
             score=score if smooth else None,
             dormant_threshold=dormant_threshold,
             silences=site.kind.silences,
-            shape=self.shape,
             location=site.location,
-            calls=self.calls,
+            **tree_map_only(Tensor, Tensor.cpu, held),
         )
 
 

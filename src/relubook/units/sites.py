@@ -25,6 +25,7 @@ from relubook.units._undisturbed import is_compiled, undisturbed, unwrapped
 
 __all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "is_compiled", "undisturbed", "unwrapped"]
 
+Dims = int | Mapping[str, int | None] | None
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 
 
@@ -36,9 +37,7 @@ class Site(NamedTuple):
     """One call of a rectifier, as :meth:`SiteFinder.observe` gets it.
 
     Attributes:
-        key: What tells this site from others: its name without ``#k``, the way to the call, and
-            the layer that feeds it.
-        kind: Name and rule of silence.
+        key: Its name without ``#k``, the way to the call, and the layer that feeds it.
         units: Number of units.
         dims: Dimensions of its input along which units lie.
         order: ``None`` if each place along ``dims`` is a unit of its own; else what sorts these
@@ -130,15 +129,11 @@ _foreign: dict[CodeType, bool] = {}
 def call_path(
     frame: FrameType | None, boundary: FrameType | None, modules: Mapping[int, str]
 ) -> tuple[tuple[Any, ...], str | None]:
-    """Return the way from the model to a call, and ``"file.py:12"``, the line that makes it.
+    """Return the way from the model's call to one in it, and ``"file.py:12"``, the line of that.
 
-    The way holds code and instruction of each frame outside torch and this package, and the name
-    of each module called, or its type, for those made anew in each pass.
-
-    Args:
-        frame: Where to start.
-        boundary: Frame of the model's call, at which to stop.
-        modules: Names of the model's modules by ``id``.
+    The way holds code and instruction of each frame between ``frame`` and ``boundary`` that is
+    outside torch and this package, and what ``modules`` calls each module by its ``id``, or the
+    type of one made anew in each pass.
     """
     path: list[Any] = []
     location = None
@@ -162,19 +157,12 @@ class SiteFinder(TorchDispatchMode):
     Args:
         model: The model.
         smooth: Look for leaky and smooth members too.
-        unit_dim: ``None``; a dimension for all sites; or a mapping from a site's name, with or
-            without ``#k``, or a pattern such as ``"decoder.*"``, to a dimension, or to ``None`` to
-            leave the site out.
+        unit_dim: As of :func:`relubook.units.diagnosis.diagnose`.
         batch_dim: Dimension of the model's inputs along which they are batched.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        smooth: bool = False,
-        unit_dim: int | Mapping[str, int | None] | None = None,
-        batch_dim: int = 0,
+        self, model: nn.Module, *, smooth: bool = False, unit_dim: Dims = None, batch_dim: int = 0
     ) -> None:
         super().__init__()
         self.smooth = smooth
@@ -205,15 +193,11 @@ class SiteFinder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch's wrapper would import the compiler, which takes seconds
 
-    # What a subclass overrides.
-
     def before(self, site: Site, x: Tensor) -> None:
         """Take note of the pre-activation before the call, which may destroy it."""
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         """Take note of one call: its site, its pre-activation (gone if in place), its output."""
-
-    # The forward pass.
 
     @property
     def ambiguous(self) -> dict[str, str]:
@@ -320,8 +304,6 @@ class SiteFinder(TorchDispatchMode):
                     numbers.tags[output] = tag
 
         return hook
-
-    # Operators.
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
