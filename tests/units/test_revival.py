@@ -964,3 +964,14 @@ def test_on_a_gpu(name):
         assert torch.equal(torch.cuda.get_rng_state(), state)
         torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
     assert not any(site.dead.any() for site in diagnose(model, [x]).sites)
+
+
+def test_dead_units_beside_one_that_overflows_are_revived():
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), randn(40, 3)
+    with torch.no_grad():
+        model[0].weight[0], model[0].weight[1:3], model[0].bias[1:3] = 3e38, 0.0, -1.0
+    report = diagnose(model, [x])
+    assert report[0].nonfinite[0]
+    revival = revive_(model, report, x)
+    assert revival.changes[0].units.tolist() == [1, 2]
+    assert diagnose(model, [x])[0].dead.sum() == 0

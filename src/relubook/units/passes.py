@@ -148,7 +148,6 @@ class Passes:
         feeds: By a module's name (None: the output) or ``"module.function()"``, what made its
             input: the name of a layer, or words for a function.
         outside: Ids of the parameters that are used outside of their modules.
-        nonfinite: Names of the layers whose outputs are not finite.
     """
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
@@ -159,7 +158,6 @@ class Passes:
         self.calls: Counter[str] = Counter()
         self.feeds: dict[str | None, str] = {}
         self.outside: set[int] = set()
-        self.nonfinite: set[str] = set()
         self._inside: list[str] = []
 
         def enter(name: str, module: Any, given: list[Tensor]) -> None:
@@ -169,8 +167,6 @@ class Passes:
         def leave(name: str, module: Any, out: Any) -> None:
             if isinstance(module, LAYERS):
                 out._made_by = name
-                if not bool(out.isfinite().all()):
-                    self.nonfinite.add(name)
 
         with _Functions(self._note_function):
             out = self._run(enter, leave)

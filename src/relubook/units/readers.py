@@ -77,8 +77,6 @@ class _Search(Passes):
             if name not in self.modules:
                 raise Unpaired(f"{name} lies between {before[0]!r} and the layers")
         self._check(name, LAYERS)
-        if name in self.nonfinite:
-            raise ValueError(f"on the batch the pre-activations of {name!r} are not finite")
         module, dead = self.modules[name], site.dead.detach().cpu()
         outputs = getattr(module, "out_features", None) or module.out_channels
         dim = unit_dim(module)

@@ -318,6 +318,9 @@ class _Repair:
         at, dim = plan.units.to(output.device), unit_dim(layer)
         values = output.index_select(dim, at).movedim(dim, -1)
         variance, mean = torch.var_mean(values.double().reshape(-1, len(at)), dim=0, correction=0)
+        if not bool(mean.isfinite().all()):
+            what = f"the pre-activations of {plan.producer!r}"
+            raise ValueError(f"on the batch {what} are not finite")
         centered = values - mean.to(values.dtype)
         if plan.before is not None:
             norm = plan.before[1]
