@@ -35,6 +35,16 @@ def lighten_page(
 ) -> None:
     """Leave out scripts and styles that no page uses; follow the reader's light or dark mode."""
     context["default_mode"] = "auto"
+    draw = context["generate_toctree_html"]
+
+    def labeled(*arguments: Any, **options: Any) -> Any:
+        """Give the sidebar's arrows, which the theme leaves unnamed, words for screen readers."""
+        drawn = draw(*arguments, **options)
+        for arrow in drawn.find_all("summary") if hasattr(drawn, "find_all") else ():
+            arrow["aria-label"] = "Show or hide the pages below"
+        return drawn
+
+    context["generate_toctree_html"] = labeled
 
     def used(asset: Any, unused: tuple[str, ...]) -> bool:
         inline = getattr(asset, "attributes", {}).get("body") or ""
