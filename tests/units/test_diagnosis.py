@@ -17,13 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from relubook.units.diagnosis import AmbiguousUnitsError, Report, diagnose, silence_bound
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 class Tapped(nn.Module):
     """A model that can log each pre-activation next to the call, which `diagnose` never sees."""
 

@@ -15,13 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 class Call(nn.Module):
     """A linear layer, then a function."""
 

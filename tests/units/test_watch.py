@@ -4,7 +4,7 @@ import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,14 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from relubook.units._readings import channel_peak
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 from relubook.units.watch import Event, Watch
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
 
 sum_is_left_out = pytest.mark.filterwarnings(r"ignore:Watch. hooks cannot follow relu\(\)#2")
 
