@@ -25,8 +25,7 @@ def find_readers(
     """Say for every site of a report how to repair it, or by its name why not.
 
     Raises:
-        ValueError: If a site names a layer that the model does not have, or the layer's outputs
-            on the batch are not finite.
+        ValueError: If a site names a layer that the model does not have.
     """
     names = {None, *dict(model.named_modules())}
     for site in sites:
