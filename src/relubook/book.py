@@ -2,29 +2,39 @@
 
 import base64
 import io
+import math
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from relubook._optional import require
+from relubook.evidence.prose import interval
+from relubook.evidence.statistics import base_seed
 
-__all__ = ["COLORS", "LINE_STYLES", "describe", "running_time", "setup", "show", "use_style"]
+__all__ = ["COLORS", "LINE_STYLES", "describe", "dots", "headline", "percent", "running_time"]
+__all__ += ["setup", "show", "use_style"]
 
 _started: float | None = None
 
 
-def setup(*, seed: int = 0, threads: int = 1) -> None:
+def setup(*, seed: int | None = None, threads: int = 1) -> int:
     """Prepare a notebook: figures in the house style, seeds fixed, threads limited.
 
     Args:
-        seed: Seeds Python's, NumPy's and torch's global generators, not the book's experiments.
+        seed: Seeds Python's, NumPy's and torch's global generators; by default the base seed.
         threads: Threads for torch. With one, sums come out the same on every run.
+
+    Returns:
+        The seed, from which a notebook draws all its networks and batches: 0 unless the
+        environment variable ``RELUBOOK_SEED`` moves the whole book to another.
 
     Raises:
         ValueError: If ``seed`` is negative or ``threads`` is below 1.
     """
+    seed = base_seed() if seed is None else seed
     if seed < 0:
         raise ValueError(f"seed must not be negative, not {seed}")
     if threads < 1:
@@ -37,6 +47,7 @@ def setup(*, seed: int = 0, threads: int = 1) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     use_style()
+    return seed
 
 
 def running_time() -> float:
@@ -80,7 +91,7 @@ def use_style() -> None:
             "legend.fontsize": 11,
             "legend.frameon": False,
             "lines.linewidth": 2,
-            "savefig.dpi": 150,
+            "savefig.dpi": 220,
             "savefig.facecolor": "white",
         }
     )
@@ -117,3 +128,83 @@ def show(figure: Any) -> None:
     image.open(buffer).convert("RGB").quantize(128).save(small, format="png", optimize=True)
     picture = base64.b64encode(small.getvalue()).decode("ascii")
     display({"image/png": picture, "text/plain": describe(figure)}, raw=True)
+
+
+def percent(shares: Sequence[Any] | Any) -> str:
+    """Return the mean of some shares with its 95% interval, such as ``"64% [58%, 70%]"``.
+
+    Args:
+        shares: One share or truth value a network, shape (n,), n >= 1. Networks with NaN or
+            infinity, which overflowed, are left out, and the text says how many.
+    """
+    values = [float(share) for share in shares]
+    finite = [value for value in values if math.isfinite(value)]
+    lost = len(values) - len(finite)
+    note = f" ({lost} of {len(values)} overflowed)" if lost else ""
+    if len(finite) < 2:
+        return f"unknown{note}"
+    mean, low, high = interval(finite, confidence=0.95)
+    digits = 1 if 0 < mean < 0.095 or 0.985 < mean < 1 else 0
+    return f"{mean:.{digits}%} [{low:.{digits}%}, {high:.{digits}%}]{note}"
+
+
+def headline(figure: Any, words: str) -> None:
+    """Write the message of a figure above it, from its left edge.
+
+    Args:
+        figure: A ``matplotlib.figure.Figure``.
+        words: One sentence; break it where a line would hold more than 45 characters.
+    """
+    figure.suptitle(words, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
+
+
+def dots(
+    axes: Any,
+    places: Sequence[float],
+    samples: Sequence[Any],
+    color: str,
+    *,
+    shift: float = 0.0,
+    marker: str = "o",
+    label: str = "",
+    at: tuple[float, float] = (0.0, 0.0),
+    within: tuple[float, float] | None = (0, 1),
+    line: str = "-",
+) -> None:
+    """Draw every network as a dot, the means with 95% intervals, and a line through the means.
+
+    Args:
+        axes: A matplotlib ``Axes``.
+        places: Where each group stands on the x axis; 0, 1, 2, ... for groups with names.
+        samples: For each group one number a network, shape (n,); NaN and infinity are left out.
+        color: Color of the series, and of its label.
+        shift: How far to the right of its place a group is drawn, so that two series do not
+            cover each other.
+        marker: Shape of the dots, so that series differ without color too.
+        label: Words written beside the series, in its color; better than a legend.
+        at: Where they start, in the coordinates of the data.
+        within: The least and the greatest value possible; None if unbounded.
+        line: Style of the line through the means; an empty string draws none.
+    """
+    middles, means = [], []
+    for place, sample in zip(places, samples, strict=True):
+        values = sorted(v for v in map(float, sample) if math.isfinite(v))
+        if len(values) < 2:
+            continue
+        middle = place + shift
+        # Steps of the golden ratio spread neighbors apart, the same way on every run.
+        spread = [middle + 0.2 * ((0.618034 * k) % 1 - 0.5) for k in range(len(values))]
+        each = {"markersize": 4.5, "markeredgewidth": 0, "alpha": 0.4, "clip_on": False}
+        axes.plot(spread, values, color=color, linestyle="none", marker=marker, **each)
+        mean, low, high = interval(values, confidence=0.95, within=within)
+        if math.isfinite(low) and math.isfinite(high):
+            ends = {"marker": "_", "markersize": 11, "markeredgewidth": 2, "linewidth": 2}
+            axes.plot([middle] * 2, [low, high], "-", color=color, zorder=4, clip_on=False, **ends)
+        middles.append(middle)
+        means.append(mean)
+    style = {"linestyle": line or "none", "linewidth": 1.4, "markeredgecolor": "white"}
+    style |= {"marker": marker, "markersize": 7, "clip_on": False, "zorder": 5}
+    axes.plot(middles, means, color=color, **style)
+    axes.grid(visible=False, axis="x")
+    if label:
+        axes.text(*at, label, color=color, fontweight="bold", va="center")

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from relubook._optional import require
 
-__all__ = ["Estimate", "mean_interval", "median_interval", "paired_interval"]
-__all__ += ["proportion_interval", "scale"]
+__all__ = ["Estimate", "base_seed", "mean_interval", "median_interval", "paired_interval"]
+__all__ += ["proportion_interval", "scale", "seeds"]
 
 T = TypeVar("T")
 Samples = Sequence[float] | Any
@@ -35,6 +35,23 @@ class Estimate:
     def __str__(self) -> str:
         coverage = "" if self.confidence == 0.95 else f", {100 * self.confidence:.4g}%"
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.n}{coverage})"
+
+
+def base_seed() -> int:
+    """Return the seed that all draws of a notebook start from: ``RELUBOOK_SEED``, by default 0.
+
+    ValueError if the variable is not a whole number of 0 or more.
+    """
+    wanted = os.environ.get("RELUBOOK_SEED", "0")
+    if not wanted.isdecimal():
+        raise ValueError(f"RELUBOOK_SEED must be a whole number of 0 or more, not {wanted!r}")
+    return int(wanted)
+
+
+def seeds(n: int, start: int = 0) -> range:
+    """Return n seeds, one a network, from ``start`` above the base seed on."""
+    first = base_seed() + start
+    return range(first, first + n)
 
 
 def scale(*, quick: T, full: T) -> T:
