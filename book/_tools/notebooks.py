@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -223,16 +223,17 @@ def execute(notebook: NotebookNode, *, record: bool = False, elsewhere: bool = F
         ).execute(env=os.environ | environment)
 
 
-def failures_elsewhere(text: Path) -> list[str]:
+def judge_elsewhere(text: Path) -> str:
     """Run a notebook as on another processor, store nothing, and name the cells that fail."""
     notebook = read_source(text)
     execute(notebook, elsewhere=True)
-    return [
+    failures = [
         f"cell {cell.execution_count}: {output.ename}: {output.evalue}"
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
+    return "\n  ".join(["fails", *failures]) if failures else "holds"
 
 
 def normalize(notebook: NotebookNode, stamp: dict) -> NotebookNode:
@@ -295,26 +296,26 @@ def chosen(names: list[str]) -> dict[str, Path]:
     return {name: known[name] for name in names or known}
 
 
+def attempt(work: Callable[..., str], text: Path, options: dict) -> str:
+    """Do some work on a notebook; what it says starts with ``fails`` if a cell failed."""
+    try:
+        return work(text, **options)
+    except CellExecutionError as error:
+        return f"fails: {error.ename}: {error.evalue}\n{error.traceback}"
+    except (RuntimeError, TimeoutError) as error:  # a kernel that died, a cell without end
+        return f"fails: {error}"
+
+
 def for_each(
-    texts: dict[str, Path], work: Callable[[Path], str], jobs: int
-) -> Iterator[tuple[str, str, bool]]:
-    """Do some work on each notebook, ``jobs`` at a time, each in a kernel of its own.
-
-    Yields:
-        In their order, name, what the work said, and whether a cell failed.
-    """
-
-    def report(text: Path) -> tuple[str, bool]:
-        try:
-            return work(text), False
-        except CellExecutionError as error:
-            return f"fails: {error.ename}: {error.evalue}\n{error.traceback}", True
-        except (RuntimeError, TimeoutError) as error:  # a kernel that died, a cell without end
-            return f"fails: {error}", True
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for name, (said, failed) in zip(texts, pool.map(report, texts.values()), strict=True):
-            yield name, said, failed
+    texts: dict[str, Path], work: Callable[..., str], *, jobs: int = 1, **options: bool
+) -> Iterator[tuple[str, str]]:
+    """Do some work on each notebook, ``jobs`` at a time, and yield its name and what it says."""
+    if jobs == 1:
+        yield from ((name, attempt(work, text, options)) for name, text in texts.items())
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        found = [pool.submit(attempt, work, text, options) for text in texts.values()]
+        yield from ((name, said.result()) for name, said in zip(texts, found, strict=True))
 
 
 def main() -> None:
@@ -334,18 +335,17 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    def work(text: Path) -> str:
-        if not options.elsewhere:
-            return refresh(text, force=options.force, record=options.record)
-        found = failures_elsewhere(text)
-        return "\n  ".join(["fails", *found]) if found else "holds"
-
+    texts = chosen(options.names)
+    if options.elsewhere:
+        found = for_each(texts, judge_elsewhere, jobs=options.jobs)
+    else:
+        # Two notebooks must not write into the ledger at a time.
+        jobs = 1 if options.record else options.jobs
+        found = for_each(texts, refresh, jobs=jobs, force=options.force, record=options.record)
     failed = []
-    # Two notebooks must not write into the ledger at a time.
-    jobs = 1 if options.record else options.jobs
-    for name, said, wrong in for_each(chosen(options.names), work, jobs):
+    for name, said in found:
         print(f"{name}: {said}", flush=True)
-        failed += [name] if wrong or said.startswith("fails") else []
+        failed += [name] if said.startswith("fails") else []
     if failed:
         where = "true on every processor" if options.elsewhere else "run to the end"
         sys.exit(f"not {where}: {', '.join(failed)}")
