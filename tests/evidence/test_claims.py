@@ -247,7 +247,8 @@ def test_card_says_verdict_first_and_escapes_its_text():
         ._repr_html_()
     )
     assert text.index("True, but") < text.index("not there") < text.index("x &lt; y &amp; z")
-    assert "60.0% (58.1 to 61.9), needs at least 30%" in text
+    _, low, high = interval(HIGH, confidence=0.995)
+    assert f"60.0% ({100 * low:.1f} to {100 * high:.1f}), needs at least 30%" in text
     assert "200 networks" in text
     assert text.count("<svg") == 2
     assert text.endswith("<!--card-->")

@@ -28,7 +28,7 @@ def says(
     AssertionError only if the whole 99.9% interval of the mean lies outside ``low`` to ``high``.
 
     Args:
-        samples, within: As for :func:`interval`.
+        samples, within: As for :func:`~relubook.evidence.statistics.interval`.
         words: What the text says, such as ``"about half"``.
         low, high: Least and greatest mean that a reader understands by it; may be infinite, but
             ValueError if nothing could contradict them.

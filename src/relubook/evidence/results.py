@@ -207,7 +207,7 @@ def assert_agrees(stored: Results, live: Results, *, rounding: float = 0.0) -> N
 
     Training is chaotic, so on another machine single networks end elsewhere. Each quantity of
     each cell is therefore judged by its differences at the same seeds, and so is the share of
-    numbers that are not finite: :func:`~relubook.evidence.prose.interval` bounds their mean.
+    numbers that are not finite: :func:`~relubook.evidence.statistics.interval` bounds their mean.
 
     Args:
         stored: From :func:`load`.
