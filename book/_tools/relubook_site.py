@@ -11,12 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import reference
 from docutils import nodes
+<<<<<<< ours
 from notebooks import texts
+=======
+from ledger_page import ClaimsTable
+from notebooks import chapters
+>>>>>>> theirs
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
-from relubook.evidence.claims import ledger, source_notes
+from relubook.evidence.claims import source_notes
 
 UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
 UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
@@ -53,43 +58,6 @@ def lighten_page(
 
     context["script_files"] = [f for f in context["script_files"] if used(f, UNUSED_SCRIPTS)]
     context["css_files"] = [f for f in context["css_files"] if used(f, UNUSED_STYLES)]
-
-
-class ClaimsTable(SphinxDirective):
-    """``{claims-table}``: the ledger, chapter by chapter, with links to the chapters that exist."""
-
-    def run(self) -> list[nodes.Node]:
-        """Return one section's worth of tables."""
-        self.env.note_dependency(str(Path(__file__)))
-        for name in ("evidence/claims.toml", "evidence/verdicts.json", "evidence/claims.py"):
-            self.env.note_dependency(str(reference.PACKAGE / name))
-        lines: list[str] = []
-        by_chapter: dict[str, list[dict[str, Any]]] = {}
-        for row in ledger():
-            by_chapter.setdefault(row["chapter"], []).append(row)
-        for chapter, rows in by_chapter.items():
-            name = chapter.replace("-", " ").capitalize()
-            built = f"book/{chapter}" in self.env.found_docs
-            lines += [f"## {{doc}}`{chapter}`" if built else f"## {name} (in preparation)", ""]
-            for row in rows:
-                lines += [f"`{row['id']}` ({row['whose']})", f": {row['statement']}", ""]
-                lines += [f"  {line}" for line in _verdict_lines(row)]
-        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
-
-
-def _verdict_lines(row: dict[str, Any]) -> list[str]:
-    verdict = row["verdict"] or "untested"
-    condition = f" on {row['depends_on']}" if row["depends_on"] else ""
-    lines = [f"**{verdict.capitalize()}**{condition}. {row['finding'] or ''}".rstrip(), ""]
-    for entry in row["evidence"]:
-        if "source" in entry:
-            lines.append(f"- [{entry['source']}]({entry['url']})")
-        else:
-            lines.append(
-                f"- *{entry['part']}*: {entry['prediction']}. "
-                f"Test: {entry['test']}. Measured: {entry['measured']}. **{entry['verdict']}**"
-            )
-    return [*lines, ""]
 
 
 class SourceNotes(SphinxDirective):

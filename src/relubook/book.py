@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from relubook._optional import require
-from relubook.evidence.prose import interval
-from relubook.evidence.statistics import base_seed
+from relubook.evidence.statistics import base_seed, interval
 
 __all__ = ["COLORS", "LINE_STYLES", "describe", "dots", "headline", "percent", "running_time"]
 __all__ += ["setup", "show", "use_style"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from relubook.evidence.prose import interval, says
+from relubook.evidence.prose import says
+from relubook.evidence.statistics import interval
 
 SHARES = np.random.default_rng(0).beta(2, 4, 60)  # of mean 1/3
 
@@ -20,9 +21,9 @@ def test_symmetric_samples_get_students_interval():
 
 
 def test_a_mirror_image_gets_the_mirrored_interval():
-    mean, low, high = interval(SHARES)
-    assert interval(1 - SHARES) == pytest.approx((1 - mean, 1 - high, 1 - low))
-    assert interval(10 * SHARES - 3, within=None) == pytest.approx(
+    mean, low, high = interval(SHARES, confidence=0.999)
+    assert interval(1 - SHARES, confidence=0.999) == pytest.approx((1 - mean, 1 - high, 1 - low))
+    assert interval(10 * SHARES - 3, within=None, confidence=0.999) == pytest.approx(
         (10 * mean - 3, 10 * low - 3, 10 * high - 3)
     )
 
@@ -50,23 +51,25 @@ def test_a_common_value_never_gives_a_zero_width_interval(n, confidence):
 def test_last_digits_do_not_make_a_spread():
     x = 0.3 + np.arange(40) * 1e-16
     assert len(np.unique(x)) > 5
-    assert interval(x) == pytest.approx(interval(np.full(40, 0.3)))
+    assert interval(x, confidence=0.999) == pytest.approx(
+        interval(np.full(40, 0.3), confidence=0.999)
+    )
 
 
 def test_four_that_differ_get_the_exact_bound_and_five_hall():
     x = np.zeros(50)
     x[:4] = 0.5, 0.6, 0.7, 0.8
     share = stats.binomtest(4, 50, alternative="less").proportion_ci(0.999).high
-    assert interval(x)[1:] == (0, pytest.approx(share))
+    assert interval(x, confidence=0.999)[1:] == (0, pytest.approx(share))
     x[4] = 0.9
-    mean, low, high = interval(x)
+    mean, low, high = interval(x, confidence=0.999)
     assert 0 <= low < mean < high
     assert high - mean > 2 * (mean - low)  # skewed to the right, and so is the interval
 
 
 def test_nothing_is_known_of_an_unbounded_quantity_without_spread():
-    assert interval(np.ones(40), within=None) == (1, -math.inf, math.inf)
-    assert interval(np.ones(40), within=(0, math.inf))[1:] == (
+    assert interval(np.ones(40), within=None, confidence=0.999) == (1, -math.inf, math.inf)
+    assert interval(np.ones(40), within=(0, math.inf), confidence=0.999)[1:] == (
         pytest.approx(0.001 ** (1 / 40)),
         math.inf,
     )
@@ -77,7 +80,7 @@ def test_truth_values_get_clopper_and_pearsons_interval(k):
     x = np.arange(30) < k
     low = stats.beta.ppf(0.0005, k, 31 - k) if k else 0
     high = stats.beta.ppf(0.9995, k + 1, 30 - k) if k < 30 else 1
-    assert interval(x) == pytest.approx((k / 30, low, high))
+    assert interval(x, confidence=0.999) == pytest.approx((k / 30, low, high))
     assert interval(torch.tensor(x)) == interval(x.tolist()) == interval(x)
 
 
@@ -107,7 +110,7 @@ def test_coverage_of_skewed_shares(name):
 
 
 def test_only_the_whole_interval_contradicts():
-    mean, low, high = interval(SHARES)
+    mean, low, high = interval(SHARES, confidence=0.999)
     assert 0.2 < low < mean < high < 0.45
     says(SHARES, "about a third", 0.3, 0.36)
     says(SHARES, "at most the lower end", 0, low + 1e-9)

@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relubook.evidence.statistics import (
+    base_seed,
     mean_interval,
     median_interval,
     paired_interval,
     proportion_interval,
     scale,
+    seeds,
 )
 
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=40)
@@ -91,3 +93,13 @@ def test_scale(monkeypatch):
 def test_named_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_one_variable_moves_every_seed(monkeypatch):
+    monkeypatch.delenv("RELUBOOK_SEED", raising=False)
+    assert (base_seed(), seeds(3), seeds(2, 10)) == (0, range(3), range(10, 12))
+    monkeypatch.setenv("RELUBOOK_SEED", "1000000")
+    assert seeds(2, 10) == range(1_000_010, 1_000_012)
+    monkeypatch.setenv("RELUBOOK_SEED", "-1")
+    with pytest.raises(ValueError, match="RELUBOOK_SEED must be a whole number"):
+        base_seed()

@@ -1,39 +1,43 @@
-"""The ledger: what the notes claim, each claim's test, and the verdict that the build re-checks.
+"""The ledger: what is claimed, how each claim is put to the test, and the verdict re-checked.
 
-A chapter states a claim, declares its tests, measures, and ends with one cell::
+An evidence notebook hands in raw samples, one number a network, and gets a verdict and its card::
 
-    claim("cheap").check(part("elementwise", "sigmoid takes twice as long", ratio, at_least=2.0))
+    claim("outlier-kills").check(
+        main=part("an outlier kills a unit in 32", shares, at_least=1 / 32),
+        limits=[part("centered too", centered, at_least=1 / 32, but="not on centered data")],
+    )
+
+*Main* is the claim at its author's own strength, *limits* are what a reader should know besides.
+All intervals of a card hold together with 99% confidence (Bonferroni), so whichever words follow
+from them are right with 99%.
 """
 
 import argparse
 import difflib
 import functools
-import html
 import json
 import math
 import os
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relubook._optional import require
 from relubook.evidence._files import write_whole
-from relubook.evidence.statistics import Estimate
+from relubook.evidence.card import KINDS, card, number
+from relubook.evidence.statistics import Range, finite_samples, interval
 
-__all__ = ["Claim", "Criterion", "LedgerMismatchError", "Part", "Verdict", "at_least", "at_most"]
-__all__ += ["between", "claim", "equals", "holds", "ledger", "part"]
+__all__ = ["WORDS", "Claim", "LedgerMismatchError", "Part", "Verdict", "claim", "ledger", "part"]
 
+WORDS = ("true", "true, but", "false", "undecided", "cited", "untested")
+CONFIDENCE = 0.99
 LEAST_SAMPLES = 30
 
 _DATA = Path(__file__).with_name("claims.toml")
 _RECORD = _DATA.with_name("verdicts.json")
-_MARKS = {"confirmed": "✓", "refuted": "✗", "depends": "±", "undecided": "?", "cited": "❝"}
-_COLORS = {"confirmed": "#0072B2", "refuted": "#D55E00", "depends": "#CC79A7"}
-_CELL = 'style="text-align: left; padding: .2em .6em; vertical-align: top"'
-
-Measured = Estimate | float | int | bool
 
 
 class LedgerMismatchError(AssertionError):
@@ -41,196 +45,156 @@ class LedgerMismatchError(AssertionError):
 
 
 @dataclass(frozen=True)
-class Criterion:
-    """A test declared before the run: a range with both ends included, and how a card words it."""
+class Part:
+    """One condition of a claim, and how it came out; see :func:`part`.
 
+    ``low`` to ``high`` is what passes; ``value`` is estimate, lower and upper end; ``role`` is main
+    or limit, ``verdict`` holds, fails or open.
+    """
+
+    sentence: str
+    needs: str
     low: float
     high: float
-    wording: str
+    kind: str
+    but: str
+    unit: str
+    sample: Callable[[float], tuple[float, float, float]] | None
+    n: int
+    note: str
+    value: tuple[float, float, float] = (math.nan,) * 3
+    role: str = ""
+    verdict: str = ""
 
-    def __post_init__(self) -> None:
-        if not (self.low <= self.high and (math.isfinite(self.low) or math.isfinite(self.high))):
-            raise ValueError(f"a test must be a finite number or low <= high, not {self.wording}")
-
-    def judge(self, measured: Measured) -> str:
-        """Return ``"confirmed"``, ``"refuted"`` or, of an interval, perhaps ``"undecided"``.
-
-        An interval confirms when all of it lies inside the range, and refutes when all of it lies
-        outside on one side. ValueError if the measured quantity is not finite.
-        """
-        ends = ("low", "high") if isinstance(measured, Estimate) else ("real", "real")
-        low, high = (float(getattr(measured, end)) for end in ends)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"what is measured must be finite evidence, not [{low}, {high}]")
-        if self.low <= low and high <= self.high:
-            return "confirmed"
-        return "refuted" if high < self.low or low > self.high else "undecided"
-
-
-def at_least(threshold: float) -> Criterion:
-    """Test that a quantity is ``threshold`` or more."""
-    return Criterion(threshold, math.inf, f"at least {threshold:g}")
-
-
-def at_most(threshold: float) -> Criterion:
-    """Test that a quantity is ``threshold`` or less."""
-    return Criterion(-math.inf, threshold, f"at most {threshold:g}")
-
-
-def between(low: float, high: float) -> Criterion:
-    """Test that a quantity lies in ``[low, high]``: an equivalence test when given an interval."""
-    return Criterion(low, high, f"between {low:g} and {high:g}")
-
-
-def equals(value: float, *, tolerance: float = 0.0) -> Criterion:
-    """Test that a quantity equals ``value`` up to an absolute ``tolerance``."""
-    within = f" within {tolerance:g}" if tolerance else ""
-    return Criterion(value - tolerance, value + tolerance, f"equal to {value:g}{within}")
-
-
-def holds() -> Criterion:
-    """Test that a statement is true."""
-    return Criterion(1, 1, "true")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One prediction of a claim with its test and what was measured; see :func:`part`."""
-
-    name: str
-    prediction: str
-    measured: Measured
-    criterion: Criterion
+    def judged(self, role: str, confidence: float) -> "Part":
+        """Return the part with its interval at the corrected level, and its verdict."""
+        value = self.sample(confidence) if self.sample else self.value
+        _, low, high = value
+        verdict = "open"
+        if self.sample and self.n < LEAST_SAMPLES:
+            pass
+        elif self.low <= low and high <= self.high:
+            verdict = "holds"
+        elif high < self.low or low > self.high:
+            verdict = "fails"
+        return replace(self, role=role, value=value, verdict=verdict)
 
     @property
-    def verdict(self) -> str:
-        """``"confirmed"``, ``"refuted"`` or ``"undecided"``."""
-        return self.criterion.judge(self.measured)
-
-    @property
-    def evidence(self) -> str:
-        """The measured quantity in words, with its interval and the number of samples."""
-        if isinstance(self.measured, bool | Estimate):
-            return str(self.measured).lower()
-        return f"{self.measured:.4g}"
-
-    @property
-    def stable_evidence(self) -> str:
-        """The part of the evidence that is the same on every machine."""
-        if isinstance(self.measured, Estimate):
-            share = f"{100 * self.measured.confidence:g}%"
-            return f"{share} interval from {self.measured.n} independent samples"
-        return self.evidence if isinstance(self.measured, bool | int) else "a computed number"
-
-
-_CRITERIA: Mapping[str, Callable[..., Criterion]] = {
-    "at_least": at_least, "at_most": at_most, "between": lambda ends: between(*ends),
-    "equals": equals,
-}  # fmt: skip
+    def numbers(self) -> str:
+        """What was found, for a reader: 8.1% (6.8 to 9.5), needs at least 5%."""
+        if not self.sample:
+            return KINDS[self.kind] + (f", {self.needs}" if self.needs != "holds" else "")
+        spread = (self.value[2] - self.value[1]) * (100 if self.unit in ("%", " points") else 1)
+        digits = 0 if spread >= 8 else 1 if spread >= 0.2 else 2 if spread >= 0.02 else 4
+        value, low, high = (number(v, self.unit, digits) for v in self.value)
+        return f"{value}{self.unit} ({low} to {high}), {self.needs}"
 
 
 def part(
-    name: str, prediction: str, measured: Any, criterion: Criterion | None = None, **test: Any
+    sentence: str,
+    samples: Any = None,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    between: tuple[float, float] | None = None,
+    equals: float | None = None,
+    holds: bool | None = None,
+    kind: str = "measured",
+    but: str = "",
+    within: Range = (0, 1),
+    nonfinite: float | str | None = None,
+    unit: str | None = None,
 ) -> Part:
-    """State one prediction of a claim.
+    """State one condition of a claim: what it is judged on, and exactly one criterion.
 
     Args:
-        name: A short name, unique within the claim, such as ``"elementwise"``.
-        prediction: What the claim implies here, as a sentence.
-        measured: An ``Estimate`` where chance plays a part, of 30 independent samples or more (else
-            ValueError), or a number or a truth value; it must be finite.
-        criterion: The declared test, such as ``at_least(0.05)``; TypeError unless there is one.
-        **test: The same as a keyword: ``at_least=``, ``at_most=``, ``between=(low, high)`` or
-            ``equals=``, the last perhaps with ``tolerance=``. Without any, a truth value must hold.
+        sentence: What is so if the part holds.
+        samples: If measured: one number or truth value a network, n >= 30, or a function from the
+            confidence to estimate, low, high and n. Else the number to compare.
+        at_least, at_most, between, equals, holds: The criterion, ends included. ``holds`` takes a
+            truth itself; it and ``equals`` are for theorems and code facts.
+        kind: "measured", "theorem" (proved in the text, checked here) or "code" (what software
+            returns). Only measured parts have intervals and count as evidence about training.
+        but: What the verdict says if this limit does not hold: "not on centered data".
+        within: The values that a sample can have: (0, 1) for shares, (-1, 1) for differences of
+            shares, None if unbounded; without bounds, samples that are all alike settle nothing.
+        nonfinite: How NaN and infinity count, decided before the run: "omit" or a number.
+        unit: By default "%" for shares, " points" for their differences, none without bounds.
+
+    Raises:
+        ValueError: Unless there is one criterion that suits the kind, at least 30 samples, one
+            number each, within their bounds, and a stated role for those that are not finite.
     """
-    measured = measured.item() if hasattr(measured, "item") else measured
-    if not isinstance(measured, Measured):
-        wrong = type(measured).__name__
-        raise TypeError(f"part {name!r} measured a {wrong}, not an Estimate, number or truth value")
-    if isinstance(measured, Estimate) and measured.n < LEAST_SAMPLES:
-        few = f"part {name!r} rests on {measured.n} independent samples"
-        raise ValueError(f"{few}; it must rest on at least {LEAST_SAMPLES}")
-    options = {"tolerance": test.pop("tolerance")} if {"equals", "tolerance"} <= set(test) else {}
-    tests = [criterion] if criterion else []
-    if not (test or tests) and isinstance(measured, bool):
-        tests = [holds()]
-    if len(test) + len(tests) != 1 or set(test) - set(_CRITERIA):
-        known, given = "=, ".join([*_CRITERIA, "criterion"]), ", ".join(test) or "none"
-        raise TypeError(f"part {name!r} must declare one test: {known}=; not {given}")
-    tests += [_CRITERIA[key](value, **options) for key, value in test.items()]
-    tests[0].judge(measured)
-    return Part(name, prediction, measured, tests[0])
-
-
-def combine(verdicts: list[str]) -> str:
-    """Return the one verdict of all parts, else ``"depends"`` if some confirm and some refute."""
-    if len(set(verdicts)) == 1:
-        return verdicts[0]
-    return "depends" if {"confirmed", "refuted"} <= set(verdicts) else "undecided"
+    criteria = {"at least": at_least, "at most": at_most, "between": between, "exactly": equals}
+    given = {k: v for k, v in (criteria | {"holds": holds}).items() if v is not None}
+    if len(given) != 1 or kind not in KINDS:
+        raise ValueError(f"{sentence!r} needs one criterion, and a kind of {', '.join(KINDS)}")
+    (name, limit), measured = next(iter(given.items())), kind == "measured"
+    if measured and name in ("holds", "exactly"):
+        raise ValueError(f"{sentence!r}: a sample has an interval; give a range, or another kind")
+    if samples is None and name != "holds":
+        raise ValueError(f"{sentence!r} must say what it is judged on")
+    ends: Any = limit if name == "between" else (limit, limit)
+    low = -math.inf if name == "at most" else float(ends[0])
+    high = math.inf if name == "at least" else float(ends[1])
+    if name == "holds":
+        low = high = 1.0
+    if not low <= high:
+        raise ValueError(f"{sentence!r}: {name} {limit} leaves nothing that could pass")
+    if unit is None:
+        unit = "" if within is None or not measured else "%" if within[0] >= 0 else " points"
+    shown = " and ".join(number(v, unit) for v in dict.fromkeys((low, high)) if math.isfinite(v))
+    needs = "holds" if name == "holds" else f"needs {name} {shown}{'%' * (unit == '%')}"
+    state = functools.partial(Part, sentence, needs, low, high, kind, but, unit)
+    if not measured:
+        return state(None, 1, "", (float(bool(limit) if name == "holds" else samples),) * 3)
+    if callable(samples):
+        return state(lambda level: samples(level)[:3], int(samples(0.95)[3]), "")
+    if (count := len(require("numpy", "intervals").asarray(samples))) < LEAST_SAMPLES:
+        raise ValueError(f"{sentence!r} rests on {count} networks; it needs {LEAST_SAMPLES}")
+    x, bad = finite_samples(samples, nonfinite)
+    how = "left out" if nonfinite == "omit" else f"counted as {nonfinite}"
+    if len(x):
+        interval(x, confidence=0.95, within=within)
+    nothing = (math.nan, -math.inf, math.inf)
+    return state(
+        lambda level: interval(x, confidence=level, within=within) if len(x) else nothing,
+        len(x),
+        f"{bad} without a finite value, {how}" if bad else "",
+    )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a check: a card in a notebook, stable text elsewhere."""
+    """The outcome of a check: a card in a notebook, and text that is the same on every machine."""
 
     claim: "Claim"
-    verdict: str
+    word: str
+    condition: str = ""
     parts: tuple[Part, ...] = ()
-    depends_on: str = ""
+    confidence: float = CONFIDENCE
     sources: tuple[tuple[str, str], ...] = ()
     finding: str = ""
 
     def __repr__(self) -> str:
-        lines = [f"Claim {self.claim.id} ({self.claim.whose})", f"  {self.claim.statement}"]
+        lines = [f"{self.claim.id}: {self.word.upper()}{self.condition and '; '}{self.condition}"]
         lines += [
-            f"  {p.verdict:<9}  {p.name}: {p.prediction}. Test: {p.criterion.wording}; "
-            f"evidence: {p.stable_evidence}."
-            for p in self.parts
+            f"  {p.role} {p.verdict}: {p.sentence}; {p.needs} ({KINDS[p.kind]})" for p in self.parts
         ]
         lines += [f"  source: {label}, {address}" for label, address in self.sources]
-        lines += [f"  {self.finding}"] * bool(self.finding)
-        return "\n".join([*lines, f"  Verdict: {self.verdict}{self._condition}"])
-
-    @property
-    def _condition(self) -> str:
-        return f" on {self.depends_on}" if self.depends_on else ""
+        return "\n".join(lines + [f"  {self.finding}"] * bool(self.finding))
 
     def _repr_html_(self) -> str:
-        safe, cell = html.escape, _CELL
-        names = ("Prediction", "Test", "Evidence", "Verdict")
-        heads = "".join(f'<th scope="col" {cell}>{name}</th>' for name in names)
-        rows = "".join(
-            f"<tr><td {cell}><b>{safe(p.name)}</b>: {safe(p.prediction)}</td>"
-            f'<td {cell}>{safe(p.criterion.wording)}</td><td class="evidence" {cell}>'
-            f'{safe(p.evidence)}</td><td {cell}><span style="white-space: nowrap">'
-            f"{_MARKS[p.verdict]} {p.verdict}</span></td></tr>"
-            for p in self.parts
-        )
-        links = "".join(f'<li><a href="{safe(a)}">{safe(b)}</a></li>' for b, a in self.sources)
-        table = (
-            '<div style="overflow-x: auto" tabindex="0" role="region" '
-            f'aria-label="Tests of the claim {self.claim.id}">'
-            f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-        )
-        return (
-            f'<div class="claim" style="border: 1px solid {_COLORS.get(self.verdict, "#999999")}; '
-            'border-left-width: .4em; padding: .4em .8em; margin: .6em 0">'
-            f"<p><b>Claim</b> <code>{self.claim.id}</code> · {safe(self.claim.whose)}<br>"
-            f"{safe(self.claim.statement)}</p>"
-            f"{table if rows else ''}{f'<ul>{links}</ul>' if links else ''}"
-            f"{f'<p>{safe(self.finding)}</p>' if self.finding else ''}"
-            f"<p><b>Verdict: {_MARKS[self.verdict]} {self.verdict}</b>"
-            f"{safe(self._condition)}</p></div>"
-        )
+        return card(self, CONFIDENCE)
 
-    def as_record(self) -> dict[str, Any]:
-        """Return what the ledger keeps: verdict, condition, and the evidence of each part."""
-        evidence = [{"source": label, "url": url} for label, url in self.sources]
-        for p in self.parts:
-            facts = {"part": p.name, "prediction": p.prediction, "test": p.criterion.wording}
-            evidence.append(facts | {"measured": p.evidence, "verdict": p.verdict})
-        record = {"verdict": self.verdict, "depends_on": self.depends_on, "evidence": evidence}
-        return {key: fact for key, fact in (record | {"finding": self.finding}).items() if fact}
+    def record(self) -> dict[str, Any]:
+        """Return what the ledger keeps: word, condition, and how each part came out."""
+        facts = ("role", "verdict", "kind", "sentence", "needs", "numbers", "n", "note")
+        parts = [{key: getattr(p, key) for key in facts} for p in self.parts]
+        cited = {"sources": [list(pair) for pair in self.sources], "finding": self.finding}
+        return {"verdict": self.word, "condition": self.condition} | (
+            {"parts": parts} if parts else cited
+        )
 
 
 @dataclass(frozen=True)
@@ -254,30 +218,45 @@ class Claim:
         label = "note" if len(self.notes) == 1 else "notes"
         return f"{label} {', '.join(self.notes)}" if self.notes else self.source
 
-    def check(self, *parts: Part, depends_on: str = "") -> Verdict:
-        """Judge the claim by its declared tests and compare with the recorded verdict.
+    def check(self, main: Part | Sequence[Part], limits: Sequence[Part] = ()) -> Verdict:
+        """Judge the claim, and compare the verdict with the recorded one.
+
+        A main part that fails makes the claim *false*, one that is open *undecided*. If all hold it
+        is *true*, or *true, but* as long as a limit does not hold.
 
         Args:
-            *parts: One or more :func:`part`, each with a name of its own; ValueError otherwise.
-            depends_on: On what the verdict depends; ValueError if it is missing and parts disagree.
+            main: The claim at its own strength; of several parts all are needed.
+            limits: What a reader should know besides, each with the ``but=`` of its failure.
 
         Returns:
-            The verdict, which shows itself as a card when it ends a cell. If it is not the recorded
-            one, or a part's is not, LedgerMismatchError is raised in CI and under
-            ``make notebooks``; elsewhere a warning says so.
+            The verdict, which shows itself as a card when it ends a cell.
+
+        Raises:
+            ValueError: If there is no main part, a limit lacks its ``but=``, or a sentence repeats.
+            LedgerMismatchError: In CI and under ``make notebooks``, if the verdict or a part that
+                was decided came out otherwise than recorded; elsewhere a warning says so. The file
+                of the records is ``RELUBOOK_VERDICTS``, if that is set.
         """
-        if not parts:
-            raise ValueError(f"claim {self.id!r} must have at least one part to check")
-        names = [p.name for p in parts]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"each part of {self.id!r} must have a name of its own: {repeated}")
-        verdict = combine([p.verdict for p in parts])
-        if verdict == "depends" and not depends_on:
-            raise ValueError(f"the verdict on {self.id!r} depends: depends_on= must say on what")
-        return self._settle(Verdict(self, verdict, parts, depends_on * (verdict == "depends")))
+        main = [main] if isinstance(main, Part) else list(main)
+        sentences = [p.sentence for p in (*main, *limits)]
+        if not main or not all(p.but for p in limits) or len(set(sentences)) < len(sentences):
+            raise ValueError(
+                f"{self.id!r} needs a main part, each limit its but=, each part its own sentence"
+            )
+        measured = sum(p.sample is not None for p in (*main, *limits))
+        level = 1 - (1 - CONFIDENCE) / max(measured, 1)
+        main = [p.judged("main", level) for p in main]
+        limits = [p.judged("limit", level) for p in limits]
+        failed = [p.but or f"not so: {p.sentence}" for p in main if p.verdict == "fails"]
+        unsettled = [f"not settled: {p.sentence}" for p in main if p.verdict == "open"]
+        buts = [p.but for p in limits if p.verdict == "fails"]
+        buts = buts or [f"perhaps {p.but}" for p in limits if p.verdict == "open"]
+        word = "false" if failed else "undecided" if unsettled else "true, but" if buts else "true"
+        condition = "; ".join(failed or unsettled or buts)
+        return self._settle(Verdict(self, word, condition, (*main, *limits), level))
 
     def cite(self, *sources: tuple[str, str], finding: str) -> Verdict:
-        """Settle a claim of history or biology by its sources; the verdict is ``"cited"``.
+        """Settle a claim of history or biology by its sources; the verdict is *cited*.
 
         Args:
             *sources: Pairs of a label and the full https address (DOI or arXiv); else ValueError.
@@ -295,31 +274,43 @@ class Claim:
         mode, records = os.environ.get("RELUBOOK_LEDGER", default), _records()
         if mode not in ("check", "record", "notice"):
             raise ValueError(f"RELUBOOK_LEDGER must be one of check, record, notice, not {mode!r}")
-        old, new = records.get(self.id), verdict.as_record()
+        old, new = records.get(self.id), verdict.record()
         if mode == "record":
             records[self.id] = new
             ordered = {known: records[known] for known in _data()[0] if known in records}
-            write_whole(_RECORD, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+            write_whole(_record_path(), json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
             return verdict
-        if old and _checked(old) == _checked(new):
+        if old and not _contradicts(old, new):
             return verdict
         before = f"is recorded as {old['verdict']}, but" if old else "has no recorded verdict;"
-        details = "; ".join(f"{p.name}: {p.verdict} ({p.evidence})" for p in verdict.parts)
-        message = f"claim {self.id!r} {before} here it is {verdict.verdict}"
+        message = f"claim {self.id!r} {before} here it is {verdict.word}"
+        details = "; ".join(f"{p.verdict}: {p.sentence}, {p.numbers}" for p in verdict.parts)
         if mode == "check":
             raise LedgerMismatchError(f"{message}. {details}")
         warnings.warn(f"{message} (other versions or hardware?). {details}", stacklevel=3)
         return verdict
 
 
-def _checked(record: Mapping[str, Any]) -> list[Any]:
-    """Return what must stay of a record: the verdict, and of each part test and verdict."""
-    keys = ("part", "test", "verdict", "url")
-    return [record["verdict"], *([p.get(k) for k in keys] for p in record.get("evidence", []))]
+def _contradicts(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a verdict is another one; a limit that chance leaves open here or there is none."""
+
+    def stated(record: Mapping[str, Any]) -> list[Any]:
+        parts = [[p[key] for key in ("role", "sentence", "needs")] for p in record.get("parts", [])]
+        return [parts, record.get("sources")]
+
+    pairs = zip(old.get("parts", []), new.get("parts", []), strict=False)
+    flipped = any({a["verdict"], b["verdict"]} == {"holds", "fails"} for a, b in pairs)
+    words = old["verdict"].partition(",")[0] != new["verdict"].partition(",")[0]
+    return words or flipped or stated(old) != stated(new)
+
+
+def _record_path() -> Path:
+    return Path(os.environ.get("RELUBOOK_VERDICTS") or _RECORD)
 
 
 def _records() -> dict[str, Any]:
-    return json.loads(_RECORD.read_text(encoding="utf-8")) if _RECORD.exists() else {}
+    path = _record_path()
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @functools.cache
@@ -344,9 +335,9 @@ def claim(claim_id: str) -> Claim:
 
 
 def ledger() -> list[dict[str, Any]]:
-    """Return every claim with its facts and its verdict and evidence, None and [] if untested."""
-    empty: dict[str, Any] = {"verdict": None, "depends_on": None, "evidence": [], "finding": None}
-    records, facts = _records(), ("id", "statement", "chapter", "whose")
+    """Return every claim with its facts, its verdict (*untested* without any) and its parts."""
+    empty = {"verdict": "untested", "condition": "", "parts": [], "sources": [], "finding": ""}
+    records, facts = _records(), ("id", "statement", "chapter", "whose", "notes")
     return [
         {fact: getattr(entry, fact) for fact in facts} | empty | records.get(entry.id, {})
         for entry in _data()[0].values()
@@ -361,10 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parser.parse_args(arguments).json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return 0
-    print(f"{'id':<25}  {'chapter':<27}  verdict")
     for row in rows:
-        print(f"{row['id']:<25}  {row['chapter']:<27}  {row['verdict'] or 'untested':<9}  ", end="")
-        print(row["statement"])
-    tested = sum(row["verdict"] is not None for row in rows)
+        print(f"{row['id']:<25}  {row['chapter']:<27}  {row['verdict']:<9}  {row['statement']}")
+    tested = sum(row["verdict"] != "untested" for row in rows)
     print(f"{tested} of {len(rows)} claims have a verdict")
     return 0

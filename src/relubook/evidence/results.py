@@ -37,7 +37,7 @@ import torch
 from relubook._optional import require
 from relubook.evidence._files import write_whole
 from relubook.evidence.fingerprint import code_digest
-from relubook.evidence.prose import interval
+from relubook.evidence.statistics import interval
 
 __all__ = ["MODULES", "Computation", "Results", "assert_agrees", "computation", "compute", "get"]
 __all__ += ["is_stale", "load", "main", "result_names"]
@@ -207,7 +207,7 @@ def assert_agrees(stored: Results, live: Results, *, rounding: float = 0.0) -> N
 
     Training is chaotic, so on another machine single networks end elsewhere. Each quantity of
     each cell is therefore judged by its differences at the same seeds, and so is the share of
-    numbers that are not finite: :func:`~relubook.evidence.prose.interval` bounds their mean.
+    numbers that are not finite: :func:`~relubook.evidence.statistics.interval` bounds their mean.
 
     Args:
         stored: From :func:`load`.
@@ -237,7 +237,7 @@ def _compare(what: str, pair: Any, rounding: float) -> None:
     if (now == before).all():
         return
     reach = pair.max() - pair.min()
-    _, low, high = interval(now - before, within=(-reach, reach))
+    _, low, high = interval(now - before, confidence=0.999, within=(-reach, reach))
     if low > rounding or high < -rounding:
         raise AssertionError(
             f"{what}: mean {now.mean():.4g}, stored {before.mean():.4g}; the 99.9% interval of the "
