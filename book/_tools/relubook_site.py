@@ -11,12 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import reference
 from docutils import nodes
-<<<<<<< ours
-from notebooks import texts
-=======
 from ledger_page import ClaimsTable
-from notebooks import chapters
->>>>>>> theirs
+from notebooks import texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
