@@ -60,8 +60,8 @@ elsewhere: $(INSTALLED) ## run the notebooks as on another processor, storing no
 record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the ledger
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --record $(NAMES)
 
-full: $(INSTALLED) ## compute the stored results of book/results (NAMES=...: some)
-	RELUBOOK_SCALE=full $(RUN) -m relubook results $(NAMES)
+full: $(INSTALLED) ## compute what is missing or stale of book/results (NAMES=...: these)
+	$(RUN) book/_tools/experiments.py $(NAMES)
 
 serve: $(SITE) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve
