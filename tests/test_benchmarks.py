@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+
 from benchmarks import one_network
 from benchmarks.one_network import flipped_verdicts
 
