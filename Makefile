@@ -49,7 +49,7 @@ check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 format: $(INSTALLED) ## format the code of the package, the tests and the notebooks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(RUN) book/_tools/style.py
+	$(RUN) book/_tools/style.py $(NAMES)
 
 notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAMES="properties evidence/properties": some)
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) $(if $(FORCE),--force) $(NAMES)
