@@ -1,7 +1,9 @@
 # `make` lists the targets. Everything runs in .venv, which the first target creates: `make book`
-# installs what the site needs; the first other target adds the rest of the lock.
+# installs what the site needs; the first other target adds the rest of the lock. Notebooks run two
+# at a time (JOBS=...).
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -32,7 +34,7 @@ $(INSTALLED): requirements.lock pyproject.toml | $(SITE)
 book: $(SITE) ## install what is missing, build the site, print the address of its first page
 	@$(RUN) book/_tools/build.py
 
-test: $(INSTALLED) book ## everything that CI runs: style, unit tests, chapters, site
+test: $(INSTALLED) book ## everything that CI runs: style, unit tests, notebooks, site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -44,16 +46,16 @@ check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 	$(BIN)/mypy
 	$(RUN) -m pytest -q -n 2 -m "not slow and not notebooks and not site"
 
-format: $(INSTALLED) ## format the code of the package, the tests and the chapters
+format: $(INSTALLED) ## format the code of the package, the tests and the notebooks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(RUN) book/_tools/style.py
 
-notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAMES="properties ...": some)
-	$(RUN) book/_tools/notebooks.py $(if $(FORCE),--force) $(NAMES)
+notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAMES="properties evidence/properties": some)
+	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) $(if $(FORCE),--force) $(NAMES)
 
-elsewhere: $(INSTALLED) ## run the chapters as on another processor, storing nothing (NAMES=...: some)
-	$(RUN) book/_tools/notebooks.py --elsewhere $(NAMES)
+elsewhere: $(INSTALLED) ## run the notebooks as on another processor, storing nothing (NAMES=...: some)
+	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --elsewhere $(NAMES)
 
 record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the ledger
 	$(RUN) book/_tools/notebooks.py --record $(NAMES)

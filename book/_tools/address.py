@@ -1,6 +1,6 @@
 """Change the repository's address everywhere: `make address URL=https://github.com/OWNER/NAME`.
 
-The address stands in _config.yml. The files that must spell it out (chapters, README, metadata) are
+The address stands in _config.yml. The files that must spell it out (notebooks, README, ...) are
 rewritten from there, and what they say about an address that is not set yet is taken out.
 """
 
@@ -62,10 +62,10 @@ def main() -> None:
                 text = UNSET_NOTICE.sub("", text)
             path.write_text(text, encoding="utf-8", newline="\n")
             print(path.relative_to(ROOT))
-    for chapter in notebooks.chapters():
-        stamp = notebooks.read_notebook(chapter).metadata.relubook
-        merged = notebooks.normalize(notebooks.merge(chapter), stamp)
-        notebooks.write(merged, notebooks.notebook_of(chapter))
+    for text in notebooks.texts().values():
+        stamp = notebooks.read_notebook(text).metadata.relubook
+        merged = notebooks.normalize(notebooks.merge(text), stamp)
+        notebooks.write(merged, notebooks.notebook_of(text))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Execute, pair and stamp the chapters, so that stored outputs are what the text produces.
+"""Execute, pair and stamp the notebooks, so that stored outputs are what the text produces.
 
-Run by `make notebooks`, and by `make elsewhere`, which stores nothing.  A chapter is book/NAME.md
-(MyST text, the source) with book/NAME.ipynb (the same cells with their outputs).  A chapter whose
-stamp is fresh is not run again: its prose is synced, its outputs stay.  The stamp covers the
-chapter's code, the code of the package that it reaches, the wording of its claims and the versions
-of the libraries that decide its numbers.
+Run by `make notebooks`, and by `make elsewhere`, which stores nothing.  A notebook is a pair:
+book/NAME.md (MyST text, the source) with book/NAME.ipynb (the same cells with their outputs).
+Chapters lie in book/, the evidence for their claims in book/evidence/, and a notebook is known by
+its path in there, such as `properties` or `evidence/properties`.  One whose stamp is fresh is not
+run again: its prose is synced, its outputs stay.  The stamp covers the notebook's code, the code of
+the package that it reaches, the wording of its claims and the versions of the libraries that decide
+its numbers.
 """
 
 import argparse
@@ -17,12 +19,15 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jupytext
 import nbformat
 from jupytext.combine import combine_inputs_with_outputs
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from relubook.evidence.claims import ledger
@@ -31,6 +36,7 @@ from relubook.evidence.fingerprint import code_digest
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 RESULTS = BOOK / "results"
+EVIDENCE = "evidence"
 LIBRARIES = (
     "torch",
     "numpy",
@@ -51,34 +57,41 @@ ELSEWHERE = {
 }
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+?(?=[\s\"'#)@]|\.git\b|$)", re.M)
-# The registry would bring in all computations, whichever a chapter runs.
+# The registry would bring in all computations, whichever a notebook runs.
 ASIDE = ("evidence.results._REGISTRY", "evidence.fingerprint")
 KEPT_METADATA = ("tags", "mystnb", "cellView", "jupyter")
 
 
-def chapters() -> list[Path]:
-    """Return the text side of every pair, in alphabetical order."""
-    return [path for path in sorted(BOOK.glob("*.md")) if _is_chapter(path)]
+def texts() -> dict[str, Path]:
+    """Return the text side of every pair by the notebook's name: chapters first, then evidence."""
+    paths = [*sorted(BOOK.glob("*.md")), *sorted(BOOK.glob(f"{EVIDENCE}/*.md"))]
+    pairs = [path for path in paths if _is_notebook(path)]
+    return {path.relative_to(BOOK).with_suffix("").as_posix(): path for path in pairs}
 
 
-def _is_chapter(path: Path) -> bool:
+def _is_notebook(path: Path) -> bool:
     text = path.read_text(encoding="utf-8")
     return text.startswith("---\n") and "\njupytext:" in text.split("\n---\n")[0]
 
 
-def notebook_of(chapter: Path) -> Path:
+def is_evidence(name: str) -> bool:
+    """Whether a notebook is the evidence beside a chapter, by its name."""
+    return name.startswith(f"{EVIDENCE}/")
+
+
+def notebook_of(text: Path) -> Path:
     """Return the executed side of a pair."""
-    return chapter.with_suffix(".ipynb")
+    return text.with_suffix(".ipynb")
 
 
-def read_source(chapter: Path) -> NotebookNode:
-    """Return the chapter's cells as its text has them, without outputs."""
-    return jupytext.read(chapter, fmt="md:myst")
+def read_source(text: Path) -> NotebookNode:
+    """Return the cells as the text has them, without outputs."""
+    return jupytext.read(text, fmt="md:myst")
 
 
-def read_notebook(chapter: Path) -> NotebookNode:
+def read_notebook(text: Path) -> NotebookNode:
     """Return the stored notebook."""
-    return nbformat.read(notebook_of(chapter), as_version=4)
+    return nbformat.read(notebook_of(text), as_version=4)
 
 
 def cell_facts(notebook: NotebookNode) -> list[tuple[str, str, dict]]:
@@ -99,12 +112,12 @@ def python_of(source: str) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that decide a chapter's numbers, without local tags such as +cpu."""
+    """Return the versions that decide a notebook's numbers, without local tags such as +cpu."""
     return {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
 
 
 def fingerprint(notebook: NotebookNode) -> str:
-    """Return the digest of all that a chapter's outputs depend on.
+    """Return the digest of all that a notebook's outputs depend on.
 
     Neither comments, imports and layout nor the repository's address count, and of the package
     only the code that the cells reach: a project or a function that moves keeps its stamps.
@@ -131,7 +144,7 @@ def _names(code: str, name: str) -> bool:
 
 
 def _computations(code: str) -> dict[str, str]:
-    """Return the fingerprints of the computations that a chapter runs anew."""
+    """Return the fingerprints of the computations that a notebook runs anew."""
     if not re.search(r"(?<![.\w])get\(", code):
         return {}
     from relubook.evidence.results import get, result_names
@@ -139,20 +152,20 @@ def _computations(code: str) -> dict[str, str]:
     return {name: get(name).fingerprint() for name in result_names() if _names(code, name)}
 
 
-def is_fresh(chapter: Path) -> bool:
-    """Whether the stored outputs belong to the chapter's code, package and versions."""
-    if not notebook_of(chapter).exists():
+def is_fresh(text: Path) -> bool:
+    """Whether the stored outputs belong to the text's code, package and versions."""
+    if not notebook_of(text).exists():
         return False
-    stamp = read_notebook(chapter).metadata.get("relubook", {})
-    return stamp.get("fingerprint") == fingerprint(read_source(chapter))
+    stamp = read_notebook(text).metadata.get("relubook", {})
+    return stamp.get("fingerprint") == fingerprint(read_source(text))
 
 
-def merge(chapter: Path) -> NotebookNode:
+def merge(text: Path) -> NotebookNode:
     """Return the text's cells with the stored outputs and cell ids where the code is the same."""
-    source = read_source(chapter)
+    source = read_source(text)
     known: set[str] = set()
-    if notebook_of(chapter).exists():
-        stored = read_notebook(chapter)
+    if notebook_of(text).exists():
+        stored = read_notebook(text)
         known = {cell.id for cell in stored.cells}
         source = combine_inputs_with_outputs(source, stored)
     _name_new_cells(source, known)
@@ -210,16 +223,17 @@ def execute(notebook: NotebookNode, *, record: bool = False, elsewhere: bool = F
         ).execute(env=os.environ | environment)
 
 
-def failures_elsewhere(chapter: Path) -> list[str]:
-    """Run a chapter as on another processor, store nothing, and name the cells that fail."""
-    notebook = read_source(chapter)
+def judge_elsewhere(text: Path) -> str:
+    """Run a notebook as on another processor, store nothing, and name the cells that fail."""
+    notebook = read_source(text)
     execute(notebook, elsewhere=True)
-    return [
+    failures = [
         f"cell {cell.execution_count}: {output.ename}: {output.evalue}"
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
+    return "\n  ".join(["fails", *failures]) if failures else "holds"
 
 
 def normalize(notebook: NotebookNode, stamp: dict) -> NotebookNode:
@@ -260,26 +274,59 @@ def write(notebook: NotebookNode, path: Path) -> bool:
     return True
 
 
-def refresh(chapter: Path, *, force: bool = False, record: bool = False) -> str:
+def refresh(text: Path, *, force: bool = False, record: bool = False) -> str:
     """Bring one pair up to date and say what was done."""
-    fresh = is_fresh(chapter) and not force and not record
-    notebook = merge(chapter)
+    fresh = is_fresh(text) and not force and not record
+    notebook = merge(text)
     stamp = {"fingerprint": fingerprint(notebook), "versions": library_versions()}
     started = time.monotonic()
     if not fresh:
         execute(notebook, record=record)
-    changed = write(normalize(notebook, stamp), notebook_of(chapter))
+    changed = write(normalize(notebook, stamp), notebook_of(text))
     if fresh:
         return "prose synced" if changed else "unchanged"
     return f"run in {time.monotonic() - started:.0f} s"
 
 
+def chosen(names: list[str]) -> dict[str, Path]:
+    """Return the texts of the notebooks named, of all without names; unknown names end here."""
+    known = texts()
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no notebook named {', '.join(unknown)}; there are: {', '.join(known)}")
+    return {name: known[name] for name in names or known}
+
+
+def attempt(work: Callable[..., str], text: Path, options: dict) -> str:
+    """Do some work on a notebook; what it says starts with ``fails`` if a cell failed."""
+    try:
+        return work(text, **options)
+    except CellExecutionError as error:
+        return f"fails: {error.ename}: {error.evalue}\n{error.traceback}"
+    except (RuntimeError, TimeoutError) as error:  # a kernel that died, a cell without end
+        return f"fails: {error}"
+
+
+def for_each(
+    texts: dict[str, Path], work: Callable[..., str], *, jobs: int = 1, **options: bool
+) -> Iterator[tuple[str, str]]:
+    """Do some work on each notebook, ``jobs`` at a time, and yield its name and what it says."""
+    if jobs == 1:
+        yield from ((name, attempt(work, text, options)) for name, text in texts.items())
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        found = [pool.submit(attempt, work, text, options) for text in texts.values()]
+        yield from ((name, said.result()) for name, said in zip(texts, found, strict=True))
+
+
 def main() -> None:
-    """Refresh the chapters named, or all of them, or run them elsewhere."""
+    """Refresh the notebooks named, or all of them, or run them elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="chapters, such as properties; default: all")
+    parser.add_argument(
+        "names", nargs="*", help="such as properties or evidence/properties; default: all"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="how many to run at a time")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--force", action="store_true", help="run fresh chapters too")
+    kind.add_argument("--force", action="store_true", help="run fresh notebooks too")
     kind.add_argument(
         "--record", action="store_true", help="write the measured verdicts into the ledger"
     )
@@ -287,20 +334,21 @@ def main() -> None:
         "--elsewhere", action="store_true", help="run as on another processor, store nothing"
     )
     options = parser.parse_args()
-    known = {path.stem: path for path in chapters()}
-    if unknown := [name for name in options.names if name not in known]:
-        sys.exit(f"no chapter named {', '.join(unknown)}; there are: {', '.join(known)}")
+
+    texts = chosen(options.names)
+    if options.elsewhere:
+        found = for_each(texts, judge_elsewhere, jobs=options.jobs)
+    else:
+        # Two notebooks must not write into the ledger at a time.
+        jobs = 1 if options.record else options.jobs
+        found = for_each(texts, refresh, jobs=jobs, force=options.force, record=options.record)
     failed = []
-    for name in options.names or known:
-        print(f"{name}: ", end="", flush=True)
-        if options.elsewhere:
-            found = failures_elsewhere(known[name])
-            print("\n  ".join(["fails", *found]) if found else "holds", flush=True)
-            failed += [name] if found else []
-        else:
-            print(refresh(known[name], force=options.force, record=options.record))
+    for name, said in found:
+        print(f"{name}: {said}", flush=True)
+        failed += [name] if said.startswith("fails") else []
     if failed:
-        sys.exit(f"not true on every processor: {', '.join(failed)}")
+        where = "true on every processor" if options.elsewhere else "run to the end"
+        sys.exit(f"not {where}: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

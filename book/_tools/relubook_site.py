@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import reference
 from docutils import nodes
 from ledger_page import ClaimsSummary, ClaimsTable
-from notebooks import chapters
+from notebooks import texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
@@ -27,7 +27,7 @@ def exclude_text_twins(app: Sphinx, config: Any) -> None:
     """Keep the text side of every pair out of the build, which takes the executed side."""
     root = Path(app.srcdir)
     config.exclude_patterns += [
-        path.resolve().relative_to(root.resolve()).as_posix() for path in chapters()
+        path.resolve().relative_to(root.resolve()).as_posix() for path in texts().values()
     ]
 
 

@@ -1,4 +1,4 @@
-"""Format the code cells of the chapters, at a width that fits the site's column.
+"""Format the code cells of the notebooks, at a width that fits the site's column.
 
 Run by `make format`; a test compares.
 """
@@ -7,9 +7,9 @@ import re
 import subprocess
 import sys
 
-from notebooks import chapters
+from notebooks import texts
 
-WIDTH = 84
+WIDTH = 76
 CELL = re.compile(r"(```\{code-cell\} ipython3\n)(.*?)(\n```)", re.S)
 OPTIONS = re.compile(r"(?:---\n.*?\n---\n|(?::[^\n]*\n)+\n?)?", re.S)
 MAGIC = re.compile(r"^(\s*)([%!].*)$", re.M)
@@ -37,8 +37,8 @@ def format_code(code: str) -> str:
     return shown.rstrip()
 
 
-def format_chapter(text: str) -> str:
-    """Return a chapter's text with every code cell formatted."""
+def format_notebook(text: str) -> str:
+    """Return a notebook's text with every code cell formatted."""
 
     def replace(match: re.Match[str]) -> str:
         options = OPTIONS.match(match[2])
@@ -49,12 +49,12 @@ def format_chapter(text: str) -> str:
 
 
 def main() -> None:
-    """Format every chapter in place."""
-    for path in chapters():
+    """Format every notebook in place."""
+    for name, path in texts().items():
         text = path.read_text(encoding="utf-8")
-        if (formatted := format_chapter(text)) != text:
+        if (formatted := format_notebook(text)) != text:
             path.write_text(formatted, encoding="utf-8", newline="\n")
-            print(f"{path.name}: formatted")
+            print(f"{name}: formatted")
 
 
 if __name__ == "__main__":

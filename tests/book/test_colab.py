@@ -1,8 +1,8 @@
-"""Run every chapter as Colab does, and compare what comes out with what is stored.
+"""Run every notebook as Colab does, and compare what comes out with what is stored.
 
-A fresh environment has the libraries that Colab has, but not the package. Each chapter stands alone
-in an empty folder; its setup cell installs the package from the git address, which leads to a
-snapshot of this working tree. nbval runs the chapter there and compares the outputs.
+A fresh environment has the libraries that Colab has, but not the package. Each notebook, chapter or
+evidence, stands alone in an empty folder; its setup cell installs the package from the git address,
+which leads to a snapshot of this working tree. nbval runs it there and compares the outputs.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ from pathlib import Path
 import address
 import notebooks
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTERS = {path.stem: path for path in notebooks.chapters()}
+TEXTS = notebooks.texts()
 IN_COLAB = (
     "torch",
     "numpy",
@@ -34,7 +35,7 @@ IN_COLAB = (
     "ipython",
 )
 RUNNER = ("nbval", "pytest")
-CHAPTER_TIMEOUT = 900
+NOTEBOOK_TIMEOUT = 900
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.slow]
 
@@ -57,19 +58,35 @@ def freeze(python: Path) -> dict[str, str]:
     return {pair[0]: pair[-1] for pair in pairs}
 
 
+def site_packages(environment: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run(python_in(environment), "-c", code).strip())
+
+
 @pytest.fixture(scope="session")
-def colab() -> Path:
-    """Return the Python of an environment like Colab's; made once for each state of the lock."""
+def libraries() -> Path:
+    """Return an environment with Colab's libraries; made once for each state of the lock."""
     lock = (ROOT / "requirements.lock").read_bytes()
     key = hashlib.sha256(lock + repr((IN_COLAB, RUNNER, sys.version)).encode()).hexdigest()[:16]
     folder = ROOT / "_build" / "colab" / key
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        constraint = ("--constraint", ROOT / "requirements.lock")
-        run(python_in(folder), "-m", "pip", "install", "-q", *constraint, *IN_COLAB, *RUNNER)
-        (folder / "complete").touch()
-    run(python_in(folder), "-m", "pip", "uninstall", "-q", "-y", "relubook")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            venv.create(folder, with_pip=True)
+            constraint = ("--constraint", ROOT / "requirements.lock")
+            run(python_in(folder), "-m", "pip", "install", "-q", *constraint, *IN_COLAB, *RUNNER)
+            (folder / "complete").touch()
+    return folder
+
+
+@pytest.fixture
+def colab(libraries, tmp_path) -> Path:
+    """Return the Python of a new environment that sees the libraries, but not the package."""
+    folder = tmp_path / "colab"
+    venv.create(folder)
+    others = site_packages(libraries)
+    (site_packages(folder) / "libraries.pth").write_text(str(others), encoding="utf-8")
     return python_in(folder)
 
 
@@ -114,14 +131,14 @@ def like_colab(snapshot, tmp_path) -> dict[str, str]:
     }
 
 
-def run_chapter(chapter: Path, colab: Path, variables: dict[str, str], folder: Path):
-    """Run one chapter by nbval in an empty folder and return the finished process."""
+def run_notebook(text: Path, colab: Path, variables: dict[str, str], folder: Path):
+    """Run one notebook by nbval in an empty folder and return the finished process."""
     folder.mkdir()
-    shutil.copy(notebooks.notebook_of(chapter), folder)
+    shutil.copy(notebooks.notebook_of(text), folder)
     command = [
-        *(colab, "-m", "pytest", "--nbval", "--nbval-cell-timeout", "600", "-q", "-x"),
-        *("--nbval-sanitize-with", Path(__file__).with_name("nbval_sanitize.cfg")),
-        *("-p", "no:cacheprovider", "--rootdir", folder, f"{chapter.stem}.ipynb"),
+        *(colab, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "600"),
+        *("--nbval-sanitize-with", Path(__file__).with_name("nbval_sanitize.cfg"), "-q", "-x"),
+        *("-p", "no:cacheprovider", "--rootdir", folder, f"{text.stem}.ipynb"),
     ]
     return subprocess.run(
         [str(part) for part in command],
@@ -129,39 +146,34 @@ def run_chapter(chapter: Path, colab: Path, variables: dict[str, str], folder: P
         env=variables,
         capture_output=True,
         text=True,
-        timeout=CHAPTER_TIMEOUT,
+        timeout=NOTEBOOK_TIMEOUT,
         check=False,
     )
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)
-def test_chapter_runs_and_repeats_its_outputs(chapter, colab, like_colab, tmp_path):
-    run(colab, "-m", "pip", "uninstall", "-q", "-y", "relubook")
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_notebook_runs_alone_and_repeats_its_outputs(text, colab, like_colab, tmp_path):
     before = freeze(colab)
+    assert "torch" in before
     assert "relubook" not in before
-    result = run_chapter(chapter, colab, like_colab, tmp_path / "empty")
+    result = run_notebook(text, colab, like_colab, tmp_path / "empty")
     assert result.returncode == 0, result.stdout[-6000:]
-    cells = sum(c.cell_type == "code" for c in notebooks.read_notebook(chapter).cells)
+    cells = sum(c.cell_type == "code" for c in notebooks.read_notebook(text).cells)
     assert f"{cells} passed" in result.stdout
     after = freeze(colab)
     assert after.pop("relubook").startswith("git+")
     assert after == before, "the setup cell changed another package"
 
 
-def test_changed_output_is_noticed(colab, like_colab, tmp_path):
-    """A figure's words, a card and a printed line are compared; a stored lie is found."""
-    import nbformat
-
-    source = CHAPTERS["properties"]
-    stored = notebooks.read_notebook(source)
-    code = [cell for cell in stored.cells if cell.cell_type == "code"]
-    figure = next(i for i, cell in enumerate(code) if "show(figure)" in cell.source)
-    for output in code[figure].outputs:
+def test_changed_output_is_noticed(pair, colab, like_colab, tmp_path):
+    """A figure's words and a printed line are compared; a stored lie is found."""
+    result = run_notebook(pair, colab, like_colab, tmp_path / "true")
+    assert result.returncode == 0, result.stdout[-6000:]
+    stored = notebooks.read_notebook(pair)
+    drawn = next(c for c in stored.cells if "show(figure)" in c.source)
+    for output in drawn.outputs:
         output["data"]["text/plain"] += " changed"
-    stored.cells = code[: figure + 1]
-    text = tmp_path / source.name
-    shutil.copy(source, text)
-    nbformat.write(stored, notebooks.notebook_of(text))
-    result = run_chapter(text, colab, like_colab, tmp_path / "empty")
+    notebooks.write(stored, notebooks.notebook_of(pair))
+    result = run_notebook(pair, colab, like_colab, tmp_path / "changed")
     assert result.returncode == 1
     assert "changed" in result.stdout

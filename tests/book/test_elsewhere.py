@@ -27,15 +27,20 @@ def book(tmp_path, monkeypatch):
     """A book of our own; ``run(...)`` is the command line."""
     monkeypatch.setattr(notebooks, "BOOK", tmp_path)
 
+    def stored():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+
     def run(*names, **chapters):
         for name, text in chapters.items():
-            (tmp_path / f"{name}.md").write_text(text, encoding="utf-8")
-        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+            path = tmp_path / f"{name.replace('evidence_', 'evidence/')}.md"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        before = stored()
         monkeypatch.setattr(sys, "argv", ["notebooks.py", "--elsewhere", *names])
         try:
             notebooks.main()
         finally:
-            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+            assert stored() == before
 
     return run
 
@@ -63,8 +68,31 @@ def test_every_failing_cell_is_named_and_the_exit_is_not_zero(book, capsys):
 def test_names_choose(book, capsys):
     book("good", bad=chapter("raise KeyError"), good=chapter("x = 1"))
     assert capsys.readouterr().out == "good: holds\n"
-    with pytest.raises(SystemExit, match="no chapter named worse"):
+    with pytest.raises(SystemExit, match="no notebook named worse"):
         book("worse")
+
+
+def test_two_at_a_time_are_named_by_their_paths_in_order(book, capsys):
+    """A chapter and its evidence share the last part of their name."""
+    waits = chapter("import time\ntime.sleep(1)")
+    with pytest.raises(SystemExit, match="processor: evidence/one$"):
+        book("--jobs=2", one=waits, evidence_one=chapter("1 / 0"), two=chapter("x = 1"))
+    out = capsys.readouterr().out
+    wanted = "one: holds\ntwo: holds\nevidence/one: fails\n  cell 1: ZeroDivisionError"
+    assert out.startswith(wanted)
+
+
+def test_a_failing_notebook_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notebooks, "BOOK", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["notebooks.py"])
+    for name, cell in (("bad", "1 / 0"), ("good", "print(1)")):
+        (tmp_path / f"{name}.md").write_text(chapter(cell), encoding="utf-8")
+    with pytest.raises(SystemExit, match="not run to the end: bad"):
+        notebooks.main()
+    out = capsys.readouterr().out
+    assert out.startswith("bad: fails: ZeroDivisionError")
+    assert "good: run in" in out
+    assert {p.name for p in tmp_path.glob("*.ipynb")} == {"good.ipynb"}
 
 
 def test_the_usual_run_stops_at_a_failing_cell(tmp_path):

@@ -233,15 +233,15 @@ def test_address_changes_everywhere(tmp_path):
     tool = clone / "book" / "_tools" / "address.py"
     new = "https://github.com/somebody/another-name"
     old = address.current().removeprefix("https://github.com/")
-    chapters = [path.with_suffix(".md") for path in (clone / "book").glob("*.ipynb")]
-    original = {path: path.read_text(encoding="utf-8") for path in chapters}
-    stored = {path: notebooks.read_notebook(path) for path in chapters}
+    texts = [path.with_suffix(".md") for path in (clone / "book").rglob("*.ipynb")]
+    original = {path: path.read_text(encoding="utf-8") for path in texts}
+    stored = {path: notebooks.read_notebook(path) for path in texts}
     subprocess.run([sys.executable, tool, new], check=True, capture_output=True)
-    for chapter, text in original.items():
+    for path, text in original.items():
         wanted = address.UNSET_NOTICE.sub("", text).replace(old, "somebody/another-name")
         assert len(wanted) > 0.98 * len(text)
-        assert chapter.read_text(encoding="utf-8") == wanted
-        before, after = stored[chapter], notebooks.read_notebook(chapter)
+        assert path.read_text(encoding="utf-8") == wanted
+        before, after = stored[path], notebooks.read_notebook(path)
         assert [c.get("outputs") for c in before.cells] == [c.get("outputs") for c in after.cells]
         assert before.metadata == after.metadata
     changed = [
@@ -257,9 +257,19 @@ def test_address_changes_everywhere(tmp_path):
     assert refused.returncode == 1
 
 
-def test_table_of_contents_names_every_page_and_chapter():
+def test_table_of_contents_names_every_page_and_notebook():
     listed = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
-    assert sorted(listed) == sorted(f"book/{path.stem}" for path in (ROOT / "book").glob("*.md"))
+    pages = [*(ROOT / "book").glob("*.md"), *(ROOT / "book" / "evidence").glob("*.md")]
+    paths = (path.relative_to(ROOT).with_suffix("").as_posix() for path in pages)
+    assert sorted(listed) == sorted(paths)
+
+
+def test_evidence_stands_under_its_chapter():
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+    entries = {entry["file"]: entry for part in parts for entry in part["chapters"]}
+    for name in filter(notebooks.is_evidence, notebooks.texts()):
+        (nested,) = entries[f"book/{name.removeprefix('evidence/')}"]["sections"]
+        assert nested == {"file": f"book/{name}", "title": "Evidence"}
 
 
 def test_every_room_has_a_page():
@@ -270,8 +280,8 @@ def test_every_room_has_a_page():
 
 def test_landing_page_links_every_chapter():
     text = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
-    for chapter in notebooks.chapters():
-        assert f"{chapter.stem}.ipynb" in text or f"<{chapter.stem}>" in text, chapter
+    for name in notebooks.texts():
+        assert notebooks.is_evidence(name) or f"{name}.ipynb" in text or f"<{name}>" in text, name
 
 
 def test_questions_of_existing_chapters_are_answered():

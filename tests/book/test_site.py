@@ -31,11 +31,13 @@ PHONE = {"width": 375, "height": 812}
 DESK = {"width": 1280, "height": 900}
 MEGABYTE = 1_000_000
 
-pytestmark = [pytest.mark.site, pytest.mark.slow]
+# One process builds and serves the site for all of these.
+pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site")]
 
 
 PAGES = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
-CHAPTERS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+CHAPTERS = [page for page in NOTEBOOKS if "/evidence/" not in page]
 
 
 @pytest.fixture(scope="session")
@@ -177,11 +179,11 @@ def repository() -> tuple[str, str]:
     return config["url"], config["branch"]
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_launch_buttons_lead_to_files_of_the_repository(browser, address, chapter):
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address, page):
     url, branch = repository()
     owner_and_name = urlparse(url).path.strip("/")
-    with Visit(browser, address, f"{chapter}.html") as visit:
+    with Visit(browser, address, f"{page}.html") as visit:
         links = visit.page.eval_on_selector_all("a", "links => links.map(a => a.href)")
     colab = [link for link in links if "colab.research.google.com" in link]
     binder = [link for link in links if "mybinder.org" in link]
@@ -189,12 +191,13 @@ def test_launch_buttons_lead_to_files_of_the_repository(browser, address, chapte
     assert len(set(binder)) == 1
     match = re.search(rf"/github/{re.escape(owner_and_name)}/blob/{branch}/(.+)$", colab[0])
     assert match, colab[0]
+    assert match[1] == f"{page}.ipynb"
     assert match[1] in tracked()
     match = re.search(
         rf"/gh/{re.escape(owner_and_name)}/{branch}\?urlpath=lab/tree/(.+)$", binder[0]
     )
     assert match, binder[0]
-    assert match[1] in tracked()
+    assert match[1] == f"{page}.ipynb"
 
 
 def tracked() -> set[str]:
