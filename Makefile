@@ -58,7 +58,7 @@ elsewhere: $(INSTALLED) ## run the notebooks as on another processor, storing no
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --elsewhere $(NAMES)
 
 record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the ledger
-	$(RUN) book/_tools/notebooks.py --record $(NAMES)
+	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --record $(NAMES)
 
 full: $(INSTALLED) ## compute the stored results of book/results (NAMES=...: some)
 	RELUBOOK_SCALE=full $(RUN) -m relubook results $(NAMES)
