@@ -18,25 +18,27 @@ MARKS = {"holds": "\u2713", "fails": "\u2717", "open": "?"}
 
 
 class ClaimsTable(SphinxDirective):
-    """``{claims-table}``: counts, then the ledger chapter by chapter, each claim with an anchor."""
+    """``{claims-table}``: the ledger chapter by chapter, each claim with an anchor."""
 
     def run(self) -> list[nodes.Node]:
-        """Return a summary and a section a chapter."""
+        """Return a section a chapter."""
         self.env.note_dependency(str(Path(__file__)))
         self.env.note_dependency(str(REPLICATIONS))
         for name in ("evidence/claims.toml", "evidence/verdicts.json", "evidence/claims.py"):
             self.env.note_dependency(str(reference.PACKAGE / name))
         rows, again = ledger(), replications()
-        found: list[nodes.Node] = list(self.parse_text_to_nodes(summary(rows)))
+        lines: list[str] = []
         for chapter in dict.fromkeys(row["chapter"] for row in rows):
             built = f"book/{chapter}" in self.env.found_docs
             name = chapter.replace("-", " ").capitalize()
-            head = f"## {{doc}}`{chapter}`" if built else f"## {name} (in preparation)"
-            found += self.parse_text_to_nodes(head, allow_section_headings=True)
-            home = found[-1] if isinstance(found[-1], nodes.section) else found
-            for row in rows:
-                if row["chapter"] == chapter:
-                    home.append(self.row(row, again))
+            lines += [f"## {{doc}}`{chapter}`" if built else f"## {name} (in preparation)", ""]
+            lines += [f"PLACE-{row['id']}\n" for row in rows if row["chapter"] == chapter]
+        found = self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+        places = {f"PLACE-{row['id']}": row for row in rows}
+        # Sections land in the document itself, not in what the parser returns.
+        for place in list(self.state.document.findall(nodes.paragraph)):
+            if row := places.get(place.astext()):
+                place.replace_self(self.row(row, again))
         return found
 
     def row(self, claim: Mapping[str, Any], again: Mapping[str, Any]) -> nodes.Node:
@@ -72,6 +74,15 @@ class ClaimsTable(SphinxDirective):
             f'<p><a class="reference internal" href="{escape(page)}">The cell</a></p></details>'
         )
         return row
+
+
+class ClaimsSummary(SphinxDirective):
+    """``{claims-summary}``: how many claims came out how."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a paragraph."""
+        self.env.note_dependency(str(reference.PACKAGE / "evidence/verdicts.json"))
+        return self.parse_text_to_nodes(summary(ledger()))
 
 
 def raw(html: str) -> nodes.Node:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import reference
 from docutils import nodes
-from ledger_page import ClaimsTable
+from ledger_page import ClaimsSummary, ClaimsTable
 from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
@@ -131,6 +131,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", exclude_text_twins)
     app.connect("html-page-context", lighten_page, priority=900)
     app.connect("html-page-context", turn_past_evidence)
+    app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)
     app.add_directive("rooms", Rooms)
