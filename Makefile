@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything runs in .venv, which the first target creates: `make book`
-# installs what the site needs; the first other target adds the rest of the lock. Notebooks run two
-# at a time (JOBS=...).
+# installs what the site needs; the first other target adds the rest of the lock. Notebooks and tests
+# run two at a time (JOBS=...).
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -38,13 +38,13 @@ test: $(INSTALLED) book ## everything that CI runs: style, unit tests, notebooks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist loadgroup
 
 check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) -m pytest -q -n 2 -m "not slow and not notebooks and not site"
+	$(RUN) -m pytest -q -n $(JOBS) -m "not slow and not notebooks and not site"
 
 format: $(INSTALLED) ## format the code of the package, the tests and the notebooks
 	$(BIN)/ruff format .
