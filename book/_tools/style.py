@@ -3,6 +3,7 @@
 Run by `make format`, which takes NAMES too; a test compares.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,7 +13,29 @@ from notebooks import chosen
 WIDTH = 76
 CELL = re.compile(r"(```\{code-cell\} ipython3\n)(.*?)(\n```)", re.S)
 OPTIONS = re.compile(r"(?:---\n.*?\n---\n|(?::[^\n]*\n)+\n?)?", re.S)
+STRING = re.compile(r'( +)(f?")((?:[^"\\]|\\.)+)"(,?)')
 MAGIC = re.compile(r"^(\s*)([%!].*)$", re.M)
+
+
+def break_strings(code: str) -> str:
+    """Return code in which lines that are one long string, as a figure's title, are two strings."""
+    lines = []
+    for line in code.splitlines():
+        match = STRING.fullmatch(line)
+        if match is None or len(line) <= WIDTH:
+            lines.append(line)
+            continue
+        indent, quote, text, comma = match.groups()
+        room = WIDTH - len(indent) - len(quote) - 1
+        place = text.rfind("\\n", 0, room - 1) + 2
+        place = place if place > 1 else text.rfind(" ", 0, room) + 1
+        lines += [f'{indent}{quote}{text[:place]}"', f'{indent}{quote}{text[place:]}"{comma}']
+    broken = "\n".join(lines)
+    try:
+        same = ast.dump(ast.parse(broken)) == ast.dump(ast.parse(code))
+    except SyntaxError:
+        same = False
+    return broken if same else code
 
 
 def format_code(code: str) -> str:
@@ -33,7 +56,8 @@ def format_code(code: str) -> str:
     )
     if result.returncode:
         raise ValueError(f"{result.stderr}\n{code}")
-    shown = re.sub(r"_magic_(\d+)\(\)", lambda match: hidden[int(match[1])], result.stdout)
+    broken = break_strings(result.stdout)
+    shown = re.sub(r"_magic_(\d+)\(\)", lambda match: hidden[int(match[1])], broken)
     return shown.rstrip()
 
 

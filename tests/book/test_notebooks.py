@@ -144,6 +144,24 @@ def test_claims_are_shown(text):
             assert any("text/html" in output.get("data", {}) for output in cell.outputs)
 
 
+def test_long_titles_are_broken_where_their_lines_end():
+    code = (
+        "headline(\n    figure,\n"
+        '    "A lower rate does not raise the dead;\\nreviving them is as good as a new start",\n)'
+    )
+    wanted = (
+        'headline(\n    figure,\n    "A lower rate does not raise the dead;\\n"\n'
+        '    "reviving them is as good as a new start",\n)'
+    )
+    assert style.format_code(code) == wanted
+    assert style.format_code(wanted) == wanted
+    sentence = "word " * 20
+    broken = style.format_code(f'says(\n    x,\n    f"{sentence}{{x}}",\n)')
+    assert max(map(len, broken.splitlines())) <= style.WIDTH
+    docstring = f'def f():\n    """{sentence.strip()}"""'
+    assert style.format_code(docstring) == docstring
+
+
 @each
 def test_papers_are_in_the_references(text):
     bibliography = (ROOT / "book" / "references.bib").read_text(encoding="utf-8").lower()
