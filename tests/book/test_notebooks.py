@@ -144,6 +144,13 @@ def test_claims_are_shown(text):
             assert any("text/html" in output.get("data", {}) for output in cell.outputs)
 
 
+def eval_of(code):
+    """Return the long string of some code: the docstring of f, or what ``but=`` says."""
+    scope = {"part": lambda *_, but, **__: scope.update(said=but), "x": 1}
+    exec(code, scope)
+    return scope["f"].__doc__ if "f" in scope else scope["said"]
+
+
 def test_long_titles_are_broken_where_their_lines_end():
     code = (
         "headline(\n    figure,\n"
@@ -158,8 +165,14 @@ def test_long_titles_are_broken_where_their_lines_end():
     sentence = "word " * 20
     broken = style.format_code(f'says(\n    x,\n    f"{sentence}{{x}}",\n)')
     assert max(map(len, broken.splitlines())) <= style.WIDTH
-    docstring = f'def f():\n    """{sentence.strip()}"""'
-    assert style.format_code(docstring) == docstring
+    for long in (
+        f'part(\n    "so",\n    x,\n    at_least=0.5,\n    but="{sentence}",\n)',
+        f'def f():\n    """{sentence}{sentence.strip()}."""\n    return 1',
+    ):
+        broken = style.format_code(long)
+        assert max(map(len, broken.splitlines())) <= style.WIDTH
+        assert " ".join(eval_of(broken).split()) == " ".join(eval_of(long).split())
+        assert style.format_code(broken) == broken
 
 
 @each
