@@ -198,7 +198,7 @@ def repository() -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
-def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address, page):
+def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address, site, page):
     url, branch = repository()
     owner_and_name = urlparse(url).path.strip("/")
     with Visit(browser, address, f"{page}.html") as visit:
@@ -216,6 +216,8 @@ def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address,
     )
     assert match, binder[0]
     assert match[1] == f"{page}.ipynb"
+    (download,) = (link for link in links if link.endswith(".ipynb") and address in link)
+    assert (site / urlparse(download).path.strip("/")).is_file()
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
