@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+import replications
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
@@ -237,6 +238,13 @@ def tracked() -> set[str]:
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return set(listed.stdout.splitlines())
+
+
+def test_the_ledger_shows_replications(site):
+    stored = replications.read()
+    text = (site / "book" / "claims.html").read_text(encoding="utf-8")
+    assert text.count("Replicated in") == len(stored["claims"])
+    assert text.count("stored map") == len(stored["stored"])
 
 
 def test_search_finds_dying(browser, address):
