@@ -244,7 +244,7 @@ def test_the_ledger_shows_replications(site):
     stored = replications.read()
     text = (site / "book" / "claims.html").read_text(encoding="utf-8")
     assert text.count("Replicated in") == len(stored["claims"])
-    assert text.count("stored map") == len(stored["stored"])
+    assert text.count("Rests in part on a stored map") == len(stored["stored"])
 
 
 def test_search_finds_dying(browser, address):
