@@ -59,8 +59,6 @@ ELSEWHERE = {
 }
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+?(?=[\s\"'#)@]|\.git\b|$)", re.M)
-# The registry would bring in all computations, whichever a notebook runs.
-ASIDE = ("evidence.results._REGISTRY", "evidence.fingerprint")
 KEPT_METADATA = ("tags", "mystnb", "cellView", "jupyter")
 
 
@@ -128,14 +126,13 @@ def fingerprint(notebook: NotebookNode) -> str:
     joined = "\n".join(code)
     stored = [path for path in sorted(RESULTS.glob("*.json")) if _names(joined, path.stem)]
     facts = {
-        "code": code_digest(*(ADDRESS.sub("ADDRESS", source) for source in code), exclude=ASIDE),
+        "code": code_digest(*(ADDRESS.sub("ADDRESS", source) for source in code)),
         "claims": {
             row["id"]: (row["whose"], row["statement"])
             for row in ledger()
             if _names(joined, row["id"])
         },
         "results": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in stored},
-        "computations": _computations(joined),
         "versions": library_versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -143,15 +140,6 @@ def fingerprint(notebook: NotebookNode) -> str:
 
 def _names(code: str, name: str) -> bool:
     return f'"{name}"' in code or f"'{name}'" in code
-
-
-def _computations(code: str) -> dict[str, str]:
-    """Return the fingerprints of the computations that a notebook runs anew."""
-    if not re.search(r"(?<![.\w])get\(", code):
-        return {}
-    from relubook.evidence.results import get, result_names
-
-    return {name: get(name).fingerprint() for name in result_names() if _names(code, name)}
 
 
 def is_fresh(text: Path) -> bool:

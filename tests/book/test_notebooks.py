@@ -179,7 +179,7 @@ class TestPipeline:
         assert notebooks.refresh(pair) == "unchanged"
 
     def test_changed_package_is_stale(self, pair, monkeypatch):
-        monkeypatch.setattr(notebooks, "code_digest", lambda *code, exclude: "another package")
+        monkeypatch.setattr(notebooks, "code_digest", lambda *code: "another package")
         assert not notebooks.is_fresh(pair)
 
     def test_changed_library_is_stale(self, pair, monkeypatch):
