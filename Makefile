@@ -49,7 +49,7 @@ check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 format: $(INSTALLED) ## format the code of the package, the tests and the notebooks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(RUN) book/_tools/style.py
+	$(RUN) book/_tools/style.py $(NAMES)
 
 notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAMES="properties evidence/properties": some)
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) $(if $(FORCE),--force) $(NAMES)
@@ -58,10 +58,10 @@ elsewhere: $(INSTALLED) ## run the notebooks as on another processor, storing no
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --elsewhere $(NAMES)
 
 record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the ledger
-	$(RUN) book/_tools/notebooks.py --record $(NAMES)
+	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --record $(NAMES)
 
-full: $(INSTALLED) ## compute the stored results of book/results (NAMES=...: some)
-	RELUBOOK_SCALE=full $(RUN) -m relubook results $(NAMES)
+full: $(INSTALLED) ## compute what is missing or stale of book/results (NAMES=...: these)
+	$(RUN) book/_tools/experiments.py $(NAMES)
 
 serve: $(SITE) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve

@@ -1,13 +1,13 @@
 """Format the code cells of the notebooks, at a width that fits the site's column.
 
-Run by `make format`; a test compares.
+Run by `make format`, which takes NAMES too; a test compares.
 """
 
 import re
 import subprocess
 import sys
 
-from notebooks import texts
+from notebooks import chosen
 
 WIDTH = 76
 CELL = re.compile(r"(```\{code-cell\} ipython3\n)(.*?)(\n```)", re.S)
@@ -49,8 +49,8 @@ def format_notebook(text: str) -> str:
 
 
 def main() -> None:
-    """Format every notebook in place."""
-    for name, path in texts().items():
+    """Format the notebooks named, such as evidence/properties, or all of them, in place."""
+    for name, path in chosen(sys.argv[1:]).items():
         text = path.read_text(encoding="utf-8")
         if (formatted := format_notebook(text)) != text:
             path.write_text(formatted, encoding="utf-8", newline="\n")

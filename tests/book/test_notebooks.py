@@ -179,7 +179,7 @@ class TestPipeline:
         assert notebooks.refresh(pair) == "unchanged"
 
     def test_changed_package_is_stale(self, pair, monkeypatch):
-        monkeypatch.setattr(notebooks, "code_digest", lambda *code, exclude: "another package")
+        monkeypatch.setattr(notebooks, "code_digest", lambda *code: "another package")
         assert not notebooks.is_fresh(pair)
 
     def test_changed_library_is_stale(self, pair, monkeypatch):
@@ -270,3 +270,24 @@ class TestPipeline:
             notebooks.refresh(pair)
         assert path.read_bytes() == before
         assert {p.name for p in pair.parent.glob("*.*")} == {pair.name, path.name}
+
+
+def test_recorded_verdicts_of_two_notebooks_meet_in_the_ledger(tmp_path, monkeypatch, capsys):
+    """Notebooks that run at a time write to files of their own; the ledger keeps its order."""
+    book, ledger = tmp_path / "book", tmp_path / "verdicts.json"
+    (book / "evidence").mkdir(parents=True)
+    source = (ROOT / "tests" / "book" / "model" / "evidence" / "toy.md").read_text()
+    for name, one in (("one", "one-sided"), ("two", "cheap")):
+        text = source.replace('claim("one-sided")', f'claim("{one}")')
+        if name == "two":
+            text = text.replace('claim("wide-boundary")', 'claim("saturation")')
+        (book / "evidence" / f"{name}.md").write_text(text, encoding="utf-8")
+    ledger.write_text('{"cheap": {"verdict": "old"}, "definition": {"verdict": "kept"}}')
+    monkeypatch.setattr(notebooks, "BOOK", book)
+    monkeypatch.setattr(notebooks, "LEDGER", ledger)
+    monkeypatch.setattr("sys.argv", ["notebooks.py", "--record", "--jobs", "2"])
+    notebooks.main()
+    found = {k: v["verdict"] for k, v in json.loads(ledger.read_text()).items()}
+    order = ["one-sided", "wide-boundary", "definition", "saturation", "cheap"]
+    assert found == dict.fromkeys(order, "cited") | {"definition": "kept"}
+    assert sorted(found, key=order.index) == list(found)

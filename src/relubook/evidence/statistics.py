@@ -13,13 +13,22 @@ from typing import Any, TypeVar
 from relubook._optional import require
 
 __all__ = ["Estimate", "base_seed", "mean_interval", "median_interval", "paired_interval"]
-__all__ += ["finite_samples", "interval", "proportion_interval", "scale", "seeds"]
+__all__ += [
+    "FEW",
+    "common_value",
+    "finite_samples",
+    "interval",
+    "proportion_interval",
+    "scale",
+    "seeds",
+]
 
 T = TypeVar("T")
 Samples = Sequence[float] | Any
 Range = tuple[float, float] | None
 
-_FEW = 5  # fewer networks than this differ from a common value: only an exact bound will do
+FEW = 5
+"""If fewer samples than this differ from a common value, only an exact bound will do."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +194,8 @@ def interval(
     if truths:
         exact = stats.binomtest(int(x.sum()), n).proportion_ci(confidence, method="exact")
         return mean, float(exact.low), float(exact.high)
-    values, counts = np.unique(x.astype("float32"), return_counts=True)  # last digits aside
-    common, differ = float(values[counts.argmax()]), n - int(counts.max())
-    if differ < _FEW:
+    common, differ = common_value(x)
+    if differ < FEW:
         most = float(stats.beta.ppf(confidence, differ + 1, n - differ))
         return mean, common + most * (low - common), common + most * (high - common)
     skew = float(stats.skew(x, bias=False)) / math.sqrt(n)
@@ -196,6 +204,13 @@ def interval(
         t = 3 / skew * (np.cbrt(1 + skew * (t - skew / 6)) - 1)
     ends = mean - float(stats.sem(x)) * t
     return mean, max(low, float(ends[0])), min(high, float(ends[1]))
+
+
+def common_value(samples: Samples) -> tuple[float, int]:
+    """Return the most frequent value of samples, and how many differ by more than last digits."""
+    np = require("numpy", "intervals")
+    values, counts = np.unique(np.asarray(samples).astype("float32"), return_counts=True)
+    return float(values[counts.argmax()]), int(counts.sum() - counts.max())
 
 
 def finite_samples(samples: Samples, nonfinite: float | str | None) -> tuple[Any, int]:
