@@ -1,6 +1,7 @@
 """What every chapter calls: set-up, house style, and the words beside a stored picture."""
 
 import base64
+import math
 import random
 
 import matplotlib as mpl
@@ -12,6 +13,7 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 
 from relubook import book
+from relubook.evidence.statistics import interval
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +119,45 @@ def test_same_figure_gives_the_same_bytes(monkeypatch):
         axes.plot([0, 1], [0, 1])
         book.show(figure)
     assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ([0.5, 0.6] * 15, "55% [53%, 57%]"),
+        ([0.0] * 30, "0% (all 30)"),
+        ([0.0] * 28 + [0.03, 0.06], "0.3% (28 of 30 at 0%)"),
+        ([True] * 15 + [False] * 15, "50% [31%, 69%]"),
+        (torch.tensor([math.nan] * 3 + [0.2, 0.4] * 10), "30% [25%, 35%] (3 of 23 overflowed)"),
+        ([math.inf, 0.5], "unknown (1 of 2 overflowed)"),
+    ],
+)
+def test_shares_are_written_for_readers(shares, words):
+    assert book.percent(shares) == words
+
+
+def test_every_network_is_a_dot_and_spread_gets_an_interval():
+    figure, axes = plt.subplots()
+    book.headline(figure, "Some die")
+    spread, same = torch.linspace(0.2, 0.4, 30), torch.zeros(30)
+    book.dots(axes, [0, 1], [spread, same], book.COLORS[0], label="networks", at=(0, 0.5))
+    drawn = [line.get_xydata() for line in axes.lines]
+    assert [len(points) for points in drawn] == [30, 2, 30, 2]  # dots, interval, dots, means
+    assert np.allclose(np.sort(drawn[0][:, 1]), spread)
+    assert np.allclose(drawn[1][:, 1], interval(spread)[1:])
+    assert drawn[3][:, 1].tolist() == pytest.approx([0.3, 0])
+    assert axes.texts[0].get_text() == "networks"
+    assert figure.get_suptitle() == "Some die"
+
+
+def test_overflowed_networks_are_no_dots():
+    _, axes = plt.subplots()
+    book.dots(axes, [0], [[0.1, math.nan, 0.3, math.inf]], book.COLORS[0])
+    assert len(axes.lines[0].get_xydata()) == 2
+
+
+def test_setup_returns_the_seed_of_the_book(monkeypatch):
+    monkeypatch.delenv("RELUBOOK_SEED", raising=False)
+    assert book.setup() == 0
+    monkeypatch.setenv("RELUBOOK_SEED", "1000000")
+    assert book.setup() == 1_000_000

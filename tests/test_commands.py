@@ -10,8 +10,6 @@ from relubook.__main__ import COMMANDS, main
 def test_commands_hand_on_what_follows(capsys):
     assert main(["claims", "--json"]) == 0
     assert {"id", "verdict"} <= set(json.loads(capsys.readouterr().out)[0])
-    assert main(["results", "--list", "memory"]) == 0
-    assert capsys.readouterr().out.startswith("memory ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["claim"]])

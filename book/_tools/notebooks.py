@@ -19,9 +19,10 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 RESULTS = BOOK / "results"
 EVIDENCE = "evidence"
+LEDGER = ROOT / "src" / "relubook" / "evidence" / "verdicts.json"
 LIBRARIES = (
     "torch",
     "numpy",
@@ -57,8 +59,6 @@ ELSEWHERE = {
 }
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+?(?=[\s\"'#)@]|\.git\b|$)", re.M)
-# The registry would bring in all computations, whichever a notebook runs.
-ASIDE = ("evidence.results._REGISTRY", "evidence.fingerprint")
 KEPT_METADATA = ("tags", "mystnb", "cellView", "jupyter")
 
 
@@ -126,14 +126,13 @@ def fingerprint(notebook: NotebookNode) -> str:
     joined = "\n".join(code)
     stored = [path for path in sorted(RESULTS.glob("*.json")) if _names(joined, path.stem)]
     facts = {
-        "code": code_digest(*(ADDRESS.sub("ADDRESS", source) for source in code), exclude=ASIDE),
+        "code": code_digest(*(ADDRESS.sub("ADDRESS", source) for source in code)),
         "claims": {
             row["id"]: (row["whose"], row["statement"])
             for row in ledger()
             if _names(joined, row["id"])
         },
         "results": {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in stored},
-        "computations": _computations(joined),
         "versions": library_versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -141,15 +140,6 @@ def fingerprint(notebook: NotebookNode) -> str:
 
 def _names(code: str, name: str) -> bool:
     return f'"{name}"' in code or f"'{name}'" in code
-
-
-def _computations(code: str) -> dict[str, str]:
-    """Return the fingerprints of the computations that a notebook runs anew."""
-    if not re.search(r"(?<![.\w])get\(", code):
-        return {}
-    from relubook.evidence.results import get, result_names
-
-    return {name: get(name).fingerprint() for name in result_names() if _names(code, name)}
 
 
 def is_fresh(text: Path) -> bool:
@@ -194,18 +184,28 @@ def _coalesce(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return merged
 
 
-def execute(notebook: NotebookNode, *, record: bool = False, elsewhere: bool = False) -> None:
+def execute(
+    notebook: NotebookNode,
+    *,
+    record: Path | None = None,
+    elsewhere: bool = False,
+    seed: int = 0,
+    to_the_end: bool = False,
+) -> None:
     """Run a notebook in place, from an empty folder, as a reader's Colab would.
 
     Args:
         notebook: Its outputs are replaced.
-        record: Write verdicts into the ledger instead of comparing them with it.
-        elsewhere: Run as on another processor, and go on after a cell that fails.
+        record: A file that verdicts are written to instead of being compared with the ledger.
+        elsewhere: Run as on another processor.
+        seed: The base seed, from which the notebook draws all it draws.
+        to_the_end: Go on after a cell that fails.
     """
     environment = {
         "RELUBOOK_LEDGER": "record" if record else "check",
+        "RELUBOOK_VERDICTS": str(record or ""),
         "RELUBOOK_PROGRESS": "0",
-        "RELUBOOK_SCALE": "quick",
+        "RELUBOOK_SEED": str(seed),
         "PYTHONHASHSEED": "0",
     } | (ELSEWHERE if elsewhere else {})
     for cell in notebook.cells:
@@ -216,7 +216,7 @@ def execute(notebook: NotebookNode, *, record: bool = False, elsewhere: bool = F
             notebook,
             timeout=CELL_TIMEOUT,
             kernel_name="python3",
-            allow_errors=elsewhere,
+            allow_errors=to_the_end,
             record_timing=False,
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": folder}},
@@ -226,14 +226,19 @@ def execute(notebook: NotebookNode, *, record: bool = False, elsewhere: bool = F
 def judge_elsewhere(text: Path) -> str:
     """Run a notebook as on another processor, store nothing, and name the cells that fail."""
     notebook = read_source(text)
-    execute(notebook, elsewhere=True)
-    failures = [
+    execute(notebook, elsewhere=True, to_the_end=True)
+    failures = failures_of(notebook)
+    return "\n  ".join(["fails", *failures]) if failures else "holds"
+
+
+def failures_of(notebook: NotebookNode) -> list[str]:
+    """Return the cells of an executed notebook that failed, each with its error."""
+    return [
         f"cell {cell.execution_count}: {output.ename}: {output.evalue}"
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
-    return "\n  ".join(["fails", *failures]) if failures else "holds"
 
 
 def normalize(notebook: NotebookNode, stamp: dict) -> NotebookNode:
@@ -274,18 +279,38 @@ def write(notebook: NotebookNode, path: Path) -> bool:
     return True
 
 
-def refresh(text: Path, *, force: bool = False, record: bool = False) -> str:
-    """Bring one pair up to date and say what was done."""
+def refresh(text: Path, *, force: bool = False, record: Path | None = None) -> str:
+    """Bring one pair up to date and say what was done.
+
+    Args:
+        text: The text side of the pair.
+        force: Run it even if its outputs are fresh.
+        record: A folder; run it, and leave its verdicts there instead of comparing them.
+    """
     fresh = is_fresh(text) and not force and not record
     notebook = merge(text)
     stamp = {"fingerprint": fingerprint(notebook), "versions": library_versions()}
     started = time.monotonic()
     if not fresh:
-        execute(notebook, record=record)
+        execute(notebook, record=record and verdicts_of(text, record))
     changed = write(normalize(notebook, stamp), notebook_of(text))
     if fresh:
         return "prose synced" if changed else "unchanged"
     return f"run in {time.monotonic() - started:.0f} s"
+
+
+def verdicts_of(text: Path, folder: Path) -> Path:
+    """Return the file in a folder that takes the verdicts of one notebook."""
+    return folder / f"{text.parent.name}-{text.stem}.json"
+
+
+def into_the_ledger(files: Iterable[Path]) -> None:
+    """Write the verdicts in some files into the ledger, beside those it has of other claims."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (LEDGER, *files)]
+    merged = {claim_id: record for records in found for claim_id, record in records.items()}
+    ordered = {row["id"]: merged[row["id"]] for row in ledger() if row["id"] in merged}
+    written = json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"
+    LEDGER.write_text(written, encoding="utf-8", newline="\n")
 
 
 def chosen(names: list[str]) -> dict[str, Path]:
@@ -307,7 +332,7 @@ def attempt(work: Callable[..., str], text: Path, options: dict) -> str:
 
 
 def for_each(
-    texts: dict[str, Path], work: Callable[..., str], *, jobs: int = 1, **options: bool
+    texts: dict[str, Path], work: Callable[..., str], *, jobs: int = 1, **options: Any
 ) -> Iterator[tuple[str, str]]:
     """Do some work on each notebook, ``jobs`` at a time, and yield its name and what it says."""
     if jobs == 1:
@@ -336,16 +361,19 @@ def main() -> None:
     options = parser.parse_args()
 
     texts = chosen(options.names)
-    if options.elsewhere:
-        found = for_each(texts, judge_elsewhere, jobs=options.jobs)
-    else:
-        # Two notebooks must not write into the ledger at a time.
-        jobs = 1 if options.record else options.jobs
-        found = for_each(texts, refresh, jobs=jobs, force=options.force, record=options.record)
     failed = []
-    for name, said in found:
-        print(f"{name}: {said}", flush=True)
-        failed += [name] if said.startswith("fails") else []
+    with tempfile.TemporaryDirectory() as folder:
+        if options.elsewhere:
+            found = for_each(texts, judge_elsewhere, jobs=options.jobs)
+        else:
+            record = Path(folder) if options.record else None
+            found = for_each(texts, refresh, jobs=options.jobs, force=options.force, record=record)
+        for name, said in found:
+            print(f"{name}: {said}", flush=True)
+            failed += [name] if said.startswith("fails") else []
+        judged = [verdicts_of(texts[name], Path(folder)) for name in texts if name not in failed]
+        if options.record:
+            into_the_ledger(path for path in judged if path.exists())
     if failed:
         where = "true on every processor" if options.elsewhere else "run to the end"
         sys.exit(f"not {where}: {', '.join(failed)}")

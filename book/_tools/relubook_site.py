@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import reference
 from docutils import nodes
 from ledger_page import ClaimsSummary, ClaimsTable
-from notebooks import texts
+from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
@@ -54,6 +54,20 @@ def lighten_page(
 
     context["script_files"] = [f for f in context["script_files"] if used(f, UNUSED_SCRIPTS)]
     context["css_files"] = [f for f in context["css_files"] if used(f, UNUSED_STYLES)]
+
+
+def turn_past_evidence(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Lead by previous and next from chapter to chapter; the evidence is a step aside."""
+    relations = app.builder.relations
+    for way, place in (("prev", 1), ("next", 2)):
+        other = page
+        while (other := relations.get(other, (None,) * 3)[place]) and f"/{EVIDENCE}/" in other:
+            pass
+        if other and page in relations and f"/{EVIDENCE}/" not in page:
+            title = app.builder.render_partial(app.env.titles[other])["title"]
+            context[way] = {"link": app.builder.get_relative_uri(page, other), "title": title}
 
 
 class SourceNotes(SphinxDirective):
@@ -116,6 +130,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.connect("config-inited", exclude_text_twins)
     app.connect("html-page-context", lighten_page, priority=900)
+    app.connect("html-page-context", turn_past_evidence)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)

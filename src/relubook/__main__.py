@@ -1,4 +1,4 @@
-"""The package's commands: ``python -m relubook results`` and ``python -m relubook claims``."""
+"""The package's command: ``python -m relubook claims``."""
 
 import argparse
 import importlib
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "claims": ("relubook.evidence.claims", "print the ledger of claims"),
-    "results": ("relubook.evidence.results", "compute what is stored in book/results, or list it"),
 }
 
 

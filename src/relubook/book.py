@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from relubook._optional import require
-from relubook.evidence.statistics import base_seed, interval
+from relubook.evidence.statistics import FEW, base_seed, common_value, interval
 
 __all__ = ["COLORS", "LINE_STYLES", "describe", "dots", "headline", "percent", "running_time"]
 __all__ += ["setup", "show", "use_style"]
@@ -132,6 +132,9 @@ def show(figure: Any) -> None:
 def percent(shares: Sequence[Any] | Any) -> str:
     """Return the mean of some shares with its 95% interval, such as ``"64% [58%, 70%]"``.
 
+    Where fewer than five networks differ, there is no interval to speak of; ``"0.2% (28 of 30 at
+    0%)"`` says instead how many agree.
+
     Args:
         shares: One share or truth value a network, shape (n,), n >= 1. Networks with NaN or
             infinity, which overflowed, are left out, and the text says how many.
@@ -143,7 +146,12 @@ def percent(shares: Sequence[Any] | Any) -> str:
     if len(finite) < 2:
         return f"unknown{note}"
     mean, low, high = interval(finite, confidence=0.95)
-    digits = 1 if 0 < mean < 0.095 or 0.985 < mean < 1 else 0
+    digits = 1 if 0.0005 < mean < 0.095 or 0.985 < mean < 0.9995 else 0
+    common, differ = common_value(finite)
+    if differ < FEW:
+        agree = f"{len(finite) - differ} of {len(finite)} at {common:.0%}"
+        agree = agree if differ else f"all {len(finite)}"
+        return f"{mean:.{digits}%} ({agree}){note}"
     return f"{mean:.{digits}%} [{low:.{digits}%}, {high:.{digits}%}]{note}"
 
 
@@ -172,6 +180,8 @@ def dots(
 ) -> None:
     """Draw every network as a dot, the means with 95% intervals, and a line through the means.
 
+    Where fewer than five networks differ, dots say all and there is no interval.
+
     Args:
         axes: A matplotlib ``Axes``.
         places: Where each group stands on the x axis; 0, 1, 2, ... for groups with names.
@@ -196,7 +206,7 @@ def dots(
         each = {"markersize": 4.5, "markeredgewidth": 0, "alpha": 0.4, "clip_on": False}
         axes.plot(spread, values, color=color, linestyle="none", marker=marker, **each)
         mean, low, high = interval(values, confidence=0.95, within=within)
-        if math.isfinite(low) and math.isfinite(high):
+        if common_value(values)[1] >= FEW:
             ends = {"marker": "_", "markersize": 11, "markeredgewidth": 2, "linewidth": 2}
             axes.plot([middle] * 2, [low, high], "-", color=color, zorder=4, clip_on=False, **ends)
         middles.append(middle)

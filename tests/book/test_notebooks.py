@@ -144,6 +144,37 @@ def test_claims_are_shown(text):
             assert any("text/html" in output.get("data", {}) for output in cell.outputs)
 
 
+def eval_of(code):
+    """Return the long string of some code: the docstring of f, or what ``but=`` says."""
+    scope = {"part": lambda *_, but, **__: scope.update(said=but), "x": 1}
+    exec(code, scope)
+    return scope["f"].__doc__ if "f" in scope else scope["said"]
+
+
+def test_long_titles_are_broken_where_their_lines_end():
+    code = (
+        "headline(\n    figure,\n"
+        '    "A lower rate does not raise the dead;\\nreviving them is as good as a new start",\n)'
+    )
+    wanted = (
+        'headline(\n    figure,\n    "A lower rate does not raise the dead;\\n"\n'
+        '    "reviving them is as good as a new start",\n)'
+    )
+    assert style.format_code(code) == wanted
+    assert style.format_code(wanted) == wanted
+    sentence = "word " * 20
+    broken = style.format_code(f'says(\n    x,\n    f"{sentence}{{x}}",\n)')
+    assert max(map(len, broken.splitlines())) <= style.WIDTH
+    for long in (
+        f'part(\n    "so",\n    x,\n    at_least=0.5,\n    but="{sentence}",\n)',
+        f'def f():\n    """{sentence}{sentence.strip()}."""\n    return 1',
+    ):
+        broken = style.format_code(long)
+        assert max(map(len, broken.splitlines())) <= style.WIDTH
+        assert " ".join(eval_of(broken).split()) == " ".join(eval_of(long).split())
+        assert style.format_code(broken) == broken
+
+
 @each
 def test_papers_are_in_the_references(text):
     bibliography = (ROOT / "book" / "references.bib").read_text(encoding="utf-8").lower()
@@ -179,7 +210,7 @@ class TestPipeline:
         assert notebooks.refresh(pair) == "unchanged"
 
     def test_changed_package_is_stale(self, pair, monkeypatch):
-        monkeypatch.setattr(notebooks, "code_digest", lambda *code, exclude: "another package")
+        monkeypatch.setattr(notebooks, "code_digest", lambda *code: "another package")
         assert not notebooks.is_fresh(pair)
 
     def test_changed_library_is_stale(self, pair, monkeypatch):
@@ -270,3 +301,24 @@ class TestPipeline:
             notebooks.refresh(pair)
         assert path.read_bytes() == before
         assert {p.name for p in pair.parent.glob("*.*")} == {pair.name, path.name}
+
+
+def test_recorded_verdicts_of_two_notebooks_meet_in_the_ledger(tmp_path, monkeypatch, capsys):
+    """Notebooks that run at a time write to files of their own; the ledger keeps its order."""
+    book, ledger = tmp_path / "book", tmp_path / "verdicts.json"
+    (book / "evidence").mkdir(parents=True)
+    source = (ROOT / "tests" / "book" / "model" / "evidence" / "toy.md").read_text()
+    for name, one in (("one", "one-sided"), ("two", "cheap")):
+        text = source.replace('claim("one-sided")', f'claim("{one}")')
+        if name == "two":
+            text = text.replace('claim("wide-boundary")', 'claim("saturation")')
+        (book / "evidence" / f"{name}.md").write_text(text, encoding="utf-8")
+    ledger.write_text('{"cheap": {"verdict": "old"}, "definition": {"verdict": "kept"}}')
+    monkeypatch.setattr(notebooks, "BOOK", book)
+    monkeypatch.setattr(notebooks, "LEDGER", ledger)
+    monkeypatch.setattr("sys.argv", ["notebooks.py", "--record", "--jobs", "2"])
+    notebooks.main()
+    found = {k: v["verdict"] for k, v in json.loads(ledger.read_text()).items()}
+    order = ["one-sided", "wide-boundary", "definition", "saturation", "cheap"]
+    assert found == dict.fromkeys(order, "cited") | {"definition": "kept"}
+    assert sorted(found, key=order.index) == list(found)

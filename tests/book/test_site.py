@@ -153,13 +153,30 @@ def test_page_is_complete_self_contained_and_light(browser, address, site, page)
 def test_page_is_accessible_and_legible(browser, address, page, scheme):
     with Visit(browser, address, f"{page}.html", scheme=scheme) as visit:
         assert visit.page.evaluate("document.documentElement.dataset.theme") == scheme
-        found = [
-            f"{v['id']}: {n['html'][:120]} {n['any'][0]['message'] if n['any'] else ''}"
-            for v in Axe().run(visit.page).response["violations"]
-            if v["impact"] in ("serious", "critical")
-            for n in v["nodes"]
-        ]
-        assert not found
+        assert not violations(visit.page)
+
+
+def violations(page):
+    """Return what axe finds serious or critical."""
+    return [
+        f"{v['id']}: {n['html'][:120]} {n['any'][0]['message'] if n['any'] else ''}"
+        for v in Axe().run(page).response["violations"]
+        if v["impact"] in ("serious", "critical")
+        for n in v["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_no_code_is_cut_off_on_a_laptop(browser, address, page):
+    """Nobody scrolls a line of code sideways, unless it holds an address."""
+    with Visit(browser, address, f"{page}.html") as visit:
+        visit.page.evaluate("document.querySelectorAll('main details').forEach(d => d.open = true)")
+        cut = visit.page.evaluate(
+            "[...document.querySelectorAll('main div.cell pre')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1 && !/https:|git\\+/.test(e.innerText))"
+            ".map(e => e.innerText)"
+        )
+        assert not cut, "\n---\n".join(cut)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -172,6 +189,7 @@ def test_page_fits_a_phone(browser, address, page):
             ".filter(i => i.getBoundingClientRect().right > innerWidth).map(i => i.src)"
         )
         assert not too_wide
+        assert not violations(visit.page)
 
 
 def repository() -> tuple[str, str]:
@@ -198,6 +216,18 @@ def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address,
     )
     assert match, binder[0]
     assert match[1] == f"{page}.ipynb"
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_evidence_stands_under_its_chapter_and_aside_of_the_way(browser, address, page):
+    """The sidebar shows it below the chapter; previous and next lead from chapter to chapter."""
+    evidence = page.replace("book/", "book/evidence/")
+    with Visit(browser, address, f"{page}.html") as visit:
+        shown = visit.page.locator(f"nav.bd-links li.current li a[href='{evidence[5:]}.html']")
+        assert shown.inner_text() == "Evidence"
+        turns = visit.page.locator(".prev-next-area a")
+        for link in turns.evaluate_all("links => links.map(a => a.href)"):
+            assert "/evidence/" not in link
 
 
 def tracked() -> set[str]:

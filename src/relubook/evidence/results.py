@@ -1,56 +1,33 @@
-"""What takes too long for a chapter: computed by ``make full``, stored, drawn and re-checked.
+"""What takes too long for a notebook: computed once, stored, drawn, and compared with a slice.
 
-A computation returns, for one cell of its grid, a number (or truth value) a seed by quantity::
+A notebook's cell, tagged ``experiment``, says how to compute a number (or truth value) a seed by
+quantity at one point of a grid::
 
-    @computation("collapse", grid={"depth": [5, 10], "width": [2, 4]}, seeds=500)
+    @computation("collapse", grid={"depth": [5, 10], "width": [2, 4]}, seeds=range(500))
     def collapse(seeds, *, depth, width):
         run = train(Recipe(1, width, 1, hidden=depth).stack(seeds), x, y, steps=1000, lr=0.01)
         return {"collapsed": (run.dead[-1] == 1).any(1)}
 
-``python -m relubook results collapse`` stores it as ``book/results/collapse.json``, with a
-fingerprint of the code. A chapter draws what is stored and runs a slice of it again::
+``make full NAMES=collapse`` runs the cells tagged ``setup``, ``lab`` and ``experiment``, then all
+of the grid, and stores it as ``book/results/collapse.json`` with a fingerprint of the code.
+Another cell draws what is stored, after it has computed a slice anew::
 
-    live = get("collapse").run(grid={"depth": [10], "width": [2]}, seeds=range(30))
-    assert_agrees(load("collapse"), live)
+    stored = load("collapse")
+    assert_agrees(stored, collapse.run(grid={"depth": [10], "width": [2]}, seeds=range(30)))
 """
 
-import argparse
-import contextlib
-import datetime
-import difflib
-import importlib
-import importlib.metadata
 import itertools
 import json
 import os
-import pkgutil
-import platform
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relubook._optional import require
-from relubook.evidence._files import write_whole
-from relubook.evidence.fingerprint import code_digest
 from relubook.evidence.statistics import interval
 
-__all__ = ["MODULES", "Computation", "Results", "assert_agrees", "computation", "compute", "get"]
-__all__ += ["is_stale", "load", "main", "result_names"]
-
-MODULES: tuple[str, ...] = tuple(
-    f"chapters.{name}" for name in ("born_dead", "one_network", "optimizer_maps", "recurrent")
-)
-"""Modules that define computations; imported when one is asked for by name."""
-
-# A change to these does not make a result stale.
-_MECHANISM = tuple(f"evidence.{m}" for m in ("_files", "claims", "fingerprint", "results"))
-_MECHANISM += ("_optional",)
-_REGISTRY: dict[str, "Computation"] = {}
+__all__ = ["Computation", "Results", "assert_agrees", "computation", "load"]
 
 Cell = tuple[Any, ...]
 Grid = Mapping[str, Sequence[Any]]
@@ -92,13 +69,6 @@ class Computation:
     seeds: tuple[int, ...]
     function: Callable[..., Mapping[str, Sequence[float]]]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Workers import what a module defines; what a notebook's cell defines travels by value.
-        home, name = self.function.__module__, self.function.__name__
-        if home != "__main__" and getattr(sys.modules.get(home), name, None) is self:
-            return pkgutil.resolve_name, (f"{home}:{name}",)
-        return Computation, (self.name, self.grid, self.seeds, self.function)
-
     def points(self, grid: Grid | None = None) -> list[Cell]:
         """Return the cells of the grid, or of a slice of it; ValueError if it is no slice."""
         grid = self.grid if grid is None else grid
@@ -128,19 +98,15 @@ class Computation:
         cells = {key: self.measure(key, chosen) for key in self.points(grid)}
         return Results(self.name, dict(self.grid if grid is None else grid), chosen, cells)
 
-    def fingerprint(self) -> str:
-        """Return the digest of the function and of all that it uses of the package."""
-        source = Path(self.function.__code__.co_filename).read_text(encoding="utf-8")
-        return code_digest(source, only=self.function.__name__, exclude=_MECHANISM)
-
 
 def computation(
     name: str, *, grid: Grid, seeds: int | Iterable[int]
 ) -> Callable[[Callable[..., Any]], Computation]:
-    """Register a function as a named computation.
+    """Make a function a named computation.
 
     Args:
-        name: Its name and that of its file: lower-case letters, digits and hyphens, not taken.
+        name: Its name and that of its file: lower-case letters, digits and hyphens; written out,
+            since the tool that finds it reads the cell.
         grid: The values of each parameter, as JSON can hold them; the cells are their product.
         seeds: The seeds of every cell; a number m stands for ``range(m)``. ValueError if empty.
     """
@@ -151,31 +117,8 @@ def computation(
         raise ValueError(f"{name!r} must declare at least one seed")
     if empty := [key for key, values in grid.items() if not len(values)]:
         raise ValueError(f"{name!r} must declare at least one value of {empty[0]!r}")
-
-    def register(function: Callable[..., Any]) -> Computation:
-        before = _REGISTRY.get(name)
-        if before and before.function.__module__ != function.__module__:
-            raise ValueError(f"{name!r} is already defined in {before.function.__module__}")
-        plain = {key: list(values) for key, values in grid.items()}
-        _REGISTRY[name] = Computation(name, plain, chosen, function)
-        return _REGISTRY[name]
-
-    return register
-
-
-def result_names() -> list[str]:
-    """Return the names of all computations."""
-    for module in MODULES:
-        importlib.import_module(f"relubook.{module}")
-    return sorted(_REGISTRY)
-
-
-def get(name: str) -> Computation:
-    """Return a computation by its name; ValueError names the nearest if there is none."""
-    if name not in _REGISTRY and name not in result_names():
-        close = difflib.get_close_matches(name, _REGISTRY, cutoff=0.4) or result_names()
-        raise ValueError(f"no computation {name!r}; known: {', '.join(close) or 'none'}")
-    return _REGISTRY[name]
+    plain = {key: list(values) for key, values in grid.items()}
+    return lambda function: Computation(name, plain, chosen, function)
 
 
 def load(name: str, folder: Path | str | None = None) -> Results:
@@ -193,13 +136,6 @@ def load(name: str, folder: Path | str | None = None) -> Results:
     cells = {tuple(cell["at"].values()): cell["measured"] for cell in data["cells"]}
     record = {key: data[key] for key in ("versions", "date", "duration", "fingerprint")}
     return Results(data["name"], data["grid"], tuple(seeds), cells, record)
-
-
-def is_stale(name: str, folder: Path | str | None = None) -> bool:
-    """Whether what is stored was computed by other code, or for another grid or seeds."""
-    stored, declared = load(name, folder), get(name)
-    same = stored.seeds == declared.seeds and dict(stored.grid) == dict(declared.grid)
-    return not same or stored.record["fingerprint"] != declared.fingerprint()
 
 
 def assert_agrees(stored: Results, live: Results, *, rounding: float = 0.0) -> None:
@@ -245,69 +181,6 @@ def _compare(what: str, pair: Any, rounding: float) -> None:
         )
 
 
-def compute(name: str, folder: Path | str | None = None) -> Path:
-    """Compute all cells, store the result, and return the file's path.
-
-    Each finished cell is kept in ``NAME.partial``: an interrupted computation goes on from there,
-    unless its code, grid or seeds have changed. ``RELUBOOK_JOBS`` workers (by default one a core)
-    of one thread each compute.
-    """
-    joblib, tqdm = require("joblib", "stored results"), require("tqdm", "stored results")
-    made, target = get(name), _folder(folder)
-    jobs = os.environ.get("RELUBOOK_JOBS") or str(joblib.cpu_count())
-    if not jobs.isdecimal() or not int(jobs):
-        raise ValueError(f"RELUBOOK_JOBS must be a number of 1 or more, not {jobs!r}")
-    target.mkdir(parents=True, exist_ok=True)
-    first, last = made.seeds[0], made.seeds[-1]
-    in_order = made.seeds == tuple(range(first, last + 1))
-    head: dict[str, Any] = {"name": name, "grid": dict(made.grid)}
-    head["seeds"] = {"first": first, "last": last} if in_order else made.seeds
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {lib: importlib.metadata.version(lib) for lib in ("numpy", "scikit-learn")}
-    head |= {"fingerprint": made.fingerprint(), "versions": versions}
-    partial, points = target / f"{name}.partial", made.points()
-    done = _resume(partial, head)
-    work = joblib.Parallel(n_jobs=int(jobs), return_as="generator_unordered")
-    found = work(joblib.delayed(_measure)(made, key) for key in points if key not in done)
-    # No bar unless somebody watches.
-    bar = tqdm.tqdm(found, desc=name, total=len(points), initial=len(done), disable=None)
-    with partial.open("a", encoding="utf-8") as file, contextlib.closing(found):
-        for key, measured, took in bar:
-            done[key] = measured, took
-            print(json.dumps((key, measured, took)), file=file, flush=True)
-    date, duration = datetime.datetime.now(datetime.UTC).date(), sum(t for _, t in done.values())
-    head |= {"date": date.isoformat(), "duration": round(duration, 1)}
-    # One line an entry and cell, so that a changed cell is one changed line.
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    cells = ({"at": dict(zip(made.grid, k, strict=True)), "measured": done[k][0]} for k in points)
-    lines.append(' "cells": [\n  ' + ",\n  ".join(map(json.dumps, cells)) + "\n ]")
-    write_whole(target / f"{name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
-    partial.unlink()
-    return target / f"{name}.json"
-
-
-def _measure(made: Computation, key: Cell) -> tuple[Cell, Measured, float]:
-    before, began = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)
-    try:
-        return key, made.measure(key, made.seeds), time.perf_counter() - began
-    finally:
-        torch.set_num_threads(before)
-
-
-def _resume(partial: Path, head: Mapping[str, Any]) -> dict[Cell, tuple[Measured, float]]:
-    """Return the finished cells of an interrupted computation, or start its file."""
-    done: dict[Cell, tuple[Measured, float]] = {}
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
-    with contextlib.suppress(json.JSONDecodeError):  # a line cut short by the interruption
-        if lines and json.loads(lines[0]) == json.loads(json.dumps(head)):
-            for key, measured, took in map(json.loads, lines[1:]):
-                done[tuple(key)] = measured, took
-    kept = [json.dumps(head), *(json.dumps((key, *entry)) for key, entry in done.items())]
-    write_whole(partial, "\n".join(kept) + "\n")
-    return done
-
-
 def _folder(folder: Path | str | None) -> Path:
     here = Path(__file__).parents[1]
     packed, kept = here / "_results", here.parents[1] / "book" / "results"
@@ -319,37 +192,3 @@ def _plain(number: Any) -> float:
     """Return a number as JSON holds it, floats with six digits."""
     number = number.item() if hasattr(number, "item") else number
     return number if isinstance(number, bool | int) else float(f"{float(number):.6g}")
-
-
-def _state(name: str, folder: Path | str | None) -> str:
-    try:
-        return "stale" if is_stale(name, folder) else "fresh"
-    except FileNotFoundError:
-        return "missing"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compute stored results: those named, or all that are missing or stale."""
-    parser = argparse.ArgumentParser(prog="python -m relubook results", description=main.__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="results to compute")
-    parser.add_argument("--list", action="store_true", help="list names and their state")
-    parser.add_argument("--folder", type=Path, help="where results are stored")
-    options = parser.parse_args(arguments)
-    known = result_names()
-    if unknown := [name for name in options.names if name not in known]:
-        parser.error(f"no computation {unknown[0]!r}; known: {', '.join(known) or 'none'}")
-    if options.list:
-        for name in options.names or known:
-            print(f"{name:<30} {_state(name, options.folder)}")
-        return 0
-    names = options.names or [n for n in known if _state(n, options.folder) != "fresh"]
-    for name in names:
-        try:
-            path = compute(name, options.folder)
-        except KeyboardInterrupt:
-            print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
-            return 130
-        print(f"{name}: stored as {path.name}")
-    if not names:
-        print("nothing to do: every stored result is fresh")
-    return 0
