@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything runs in .venv, which the first target creates: `make book`
-# installs what the site needs; the first other target adds the rest of the lock. Notebooks run two
-# at a time (JOBS=...).
+# installs what the site needs; the first other target adds the rest of the lock. Notebooks and tests
+# run two at a time (JOBS=...).
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -16,7 +16,7 @@ SITE := $(VENV)/.site
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test check format notebooks elsewhere record full serve bench lock address clean
+.PHONY: help book test check format notebooks elsewhere verdicts record full serve bench lock address clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -38,13 +38,13 @@ test: $(INSTALLED) book ## everything that CI runs: style, unit tests, notebooks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist loadgroup
 
 check: $(INSTALLED) ## format, lint, types, fast unit tests: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) -m pytest -q -n 2 -m "not slow and not notebooks and not site"
+	$(RUN) -m pytest -q -n $(JOBS) -m "not slow and not notebooks and not site"
 
 format: $(INSTALLED) ## format the code of the package, the tests and the notebooks
 	$(BIN)/ruff format .
@@ -56,6 +56,9 @@ notebooks: $(INSTALLED) ## execute what changed, pair, stamp (FORCE=1: all; NAME
 
 elsewhere: $(INSTALLED) ## run the notebooks as on another processor, storing nothing (NAMES=...: some)
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --elsewhere $(NAMES)
+
+verdicts: $(INSTALLED) ## judge the claims again from other seeds and as elsewhere (FORCE=1, NAMES=...)
+	$(RUN) book/_tools/replications.py --jobs $(JOBS) $(if $(FORCE),--force) $(NAMES)
 
 record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the ledger
 	$(RUN) book/_tools/notebooks.py --jobs $(JOBS) --record $(NAMES)

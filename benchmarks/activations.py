@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from relubook.evidence.timing import interleaved_seconds, ratio_interval
+from relubook.evidence.statistics import median_interval
+from relubook.evidence.timing import interleaved_seconds
 from relubook.layers.activations import activation
 
 NUMBERS = 10_000
@@ -41,7 +42,9 @@ def benchmarks() -> list[dict]:
     steps = interleaved_seconds({n: _step(n) for n in ("relu", "sigmoid", "tanh")}, calls=5)
 
     def ratio(seconds: dict[str, list[float]], name: str) -> float:
-        return ratio_interval(seconds[name], seconds["relu"]).value
+        return median_interval(
+            [a / b for a, b in zip(seconds[name], seconds["relu"], strict=True)]
+        )[0]
 
     return [
         *(_at_most(f"{n} / relu, alone", ratio(alone, n), bar) for n, bar in bars.items()),

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relubook.evidence.timing import interleaved_seconds, ratio_interval
+from relubook.evidence.statistics import median_interval
+from relubook.evidence.timing import interleaved_seconds
 from relubook.training.recipe import Recipe
 from relubook.training.stack import batch_order
 from relubook.training.train import train
@@ -190,7 +191,8 @@ def benchmarks() -> list[dict[str, Any]]:
         for work in WORKS:
             seconds = measure(work)
             for rival in seconds.keys() - {"ours"}:
-                value = ratio_interval(seconds[rival], seconds["ours"]).value
+                pairs = zip(seconds[rival], seconds["ours"], strict=True)
+                value = median_interval([theirs / mine for theirs, mine in pairs])[0]
                 bar = work.over_loop if rival == "loop" else work.over_rivals
                 name = f"{work.name}: {rival} / ours"
                 entries.append({"name": name, "ratio": value, "bar": bar, "holds": value >= bar})

@@ -16,11 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FORM = re.compile(r"https://github\.com/[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9_.-]+")
 MENTION = re.compile(r"(?:https://)?(github\.com|gh|github)/([A-Za-z0-9-]+/relubook)\b")
 UNSET = "https://github.com/set--me/relubook"
-UNSET_NOTICE = re.compile(
-    r"<!-- address unset -->\n[\s\S]*?<!-- /address unset -->\n"
-    r"|^ *# While the book has no public address[^\n]*\n *# clone the project[^\n]*\n",
-    re.M,
-)
+UNSET_NOTICE = re.compile(r"<!-- address unset -->\n[\s\S]*?<!-- /address unset -->\n")
 SKIPPED = (".lock", ".png", ".svg", ".json")
 
 

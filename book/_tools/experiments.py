@@ -81,7 +81,7 @@ def computations(source: str) -> list[tuple[str, str]]:
 
 def define(experiment: Experiment) -> Any:
     """Run the cells of an experiment, from an empty folder, and return its computation."""
-    os.environ |= {"RELUBOOK_SEED": "0", "RELUBOOK_SCALE": "full", "MPLBACKEND": "agg"}
+    os.environ |= {"RELUBOOK_SEED": "0", "MPLBACKEND": "agg"}
     # Functions of __main__ travel to the workers by value, with all that they use.
     scope = types.ModuleType("__main__").__dict__
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

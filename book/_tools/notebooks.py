@@ -205,7 +205,6 @@ def execute(
         "RELUBOOK_LEDGER": "record" if record else "check",
         "RELUBOOK_VERDICTS": str(record or ""),
         "RELUBOOK_PROGRESS": "0",
-        "RELUBOOK_SCALE": "quick",
         "RELUBOOK_SEED": str(seed),
         "PYTHONHASHSEED": "0",
     } | (ELSEWHERE if elsewhere else {})

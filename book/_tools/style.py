@@ -3,6 +3,7 @@
 Run by `make format`, which takes NAMES too; a test compares.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,7 +13,49 @@ from notebooks import chosen
 WIDTH = 76
 CELL = re.compile(r"(```\{code-cell\} ipython3\n)(.*?)(\n```)", re.S)
 OPTIONS = re.compile(r"(?:---\n.*?\n---\n|(?::[^\n]*\n)+\n?)?", re.S)
+STRING = re.compile(r'( +)((?:\w+=)?)(f?")((?:[^"\\]|\\.)+)"(,?)')
+DOCSTRING = re.compile(r'( +)("""|)(\w.*)"""')
 MAGIC = re.compile(r"^(\s*)([%!].*)$", re.M)
+
+
+def break_strings(code: str) -> str:
+    """Return code in which lines that are one long string, as a figure's title, are two or more."""
+    lines, waiting = [], code.splitlines()[::-1]
+    while waiting:
+        line = waiting.pop()
+        if len(line) > WIDTH and (match := STRING.fullmatch(line)):
+            indent, name, quote, text, comma = match.groups()
+            place = _break(text, WIDTH - len(indent + name + quote) - 1)
+            if 0 < place < len(text):
+                line = f'{indent}{name}{quote}{text[:place]}"'
+                waiting.append(f'{indent}{quote}{text[place:]}"{comma}')
+        elif len(line) > WIDTH and (match := DOCSTRING.fullmatch(line)):
+            indent, quote, text = match.groups()
+            place = _break(text, WIDTH - len(indent + quote))
+            if 0 < place < len(text):
+                line = indent + quote + text[:place].rstrip()
+                waiting.append(f'{indent}{text[place:]}"""')
+        lines.append(line)
+    broken = "\n".join(lines)
+    return broken if _meaning(broken) == _meaning(code) else code
+
+
+def _break(text: str, room: int) -> int:
+    """Return where a string is broken: at the end of a line in it, else at a space."""
+    place = text.rfind("\\n", 0, room) + 2
+    return place if place > 1 else text.rfind(" ", 0, room) + 1
+
+
+def _meaning(code: str) -> str:
+    """Return what a cell does, whatever its layout; empty if it is not Python."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = " ".join(str(node.value.value).split())
+    return ast.dump(tree)
 
 
 def format_code(code: str) -> str:
@@ -33,7 +76,8 @@ def format_code(code: str) -> str:
     )
     if result.returncode:
         raise ValueError(f"{result.stderr}\n{code}")
-    shown = re.sub(r"_magic_(\d+)\(\)", lambda match: hidden[int(match[1])], result.stdout)
+    broken = break_strings(result.stdout)
+    shown = re.sub(r"_magic_(\d+)\(\)", lambda match: hidden[int(match[1])], broken)
     return shown.rstrip()
 
 

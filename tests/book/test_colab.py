@@ -127,7 +127,6 @@ def like_colab(snapshot, tmp_path) -> dict[str, str]:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "RELUBOOK_LEDGER": "check",
         "RELUBOOK_PROGRESS": "0",
-        "RELUBOOK_SCALE": "quick",
     }
 
 

@@ -144,6 +144,37 @@ def test_claims_are_shown(text):
             assert any("text/html" in output.get("data", {}) for output in cell.outputs)
 
 
+def eval_of(code):
+    """Return the long string of some code: the docstring of f, or what ``but=`` says."""
+    scope = {"part": lambda *_, but, **__: scope.update(said=but), "x": 1}
+    exec(code, scope)
+    return scope["f"].__doc__ if "f" in scope else scope["said"]
+
+
+def test_long_titles_are_broken_where_their_lines_end():
+    code = (
+        "headline(\n    figure,\n"
+        '    "A lower rate does not raise the dead;\\nreviving them is as good as a new start",\n)'
+    )
+    wanted = (
+        'headline(\n    figure,\n    "A lower rate does not raise the dead;\\n"\n'
+        '    "reviving them is as good as a new start",\n)'
+    )
+    assert style.format_code(code) == wanted
+    assert style.format_code(wanted) == wanted
+    sentence = "word " * 20
+    broken = style.format_code(f'says(\n    x,\n    f"{sentence}{{x}}",\n)')
+    assert max(map(len, broken.splitlines())) <= style.WIDTH
+    for long in (
+        f'part(\n    "so",\n    x,\n    at_least=0.5,\n    but="{sentence}",\n)',
+        f'def f():\n    """{sentence}{sentence.strip()}."""\n    return 1',
+    ):
+        broken = style.format_code(long)
+        assert max(map(len, broken.splitlines())) <= style.WIDTH
+        assert " ".join(eval_of(broken).split()) == " ".join(eval_of(long).split())
+        assert style.format_code(broken) == broken
+
+
 @each
 def test_papers_are_in_the_references(text):
     bibliography = (ROOT / "book" / "references.bib").read_text(encoding="utf-8").lower()

@@ -3,7 +3,7 @@
 import pytest
 
 from relubook.evidence import timing
-from relubook.evidence.timing import interleaved_seconds, ratio_interval
+from relubook.evidence.timing import interleaved_seconds
 
 
 def test_functions_take_turns(monkeypatch):
@@ -17,18 +17,8 @@ def test_functions_take_turns(monkeypatch):
     assert seconds == {"a": [0.5] * 3, "b": [0.5] * 3}
 
 
-def test_ratio_of_twice_is_two():
-    rounds = [1.0 + 0.01 * i for i in range(40)]
-    estimate = ratio_interval([2 * r for r in rounds], rounds)
-    assert estimate.value == pytest.approx(2)
-    assert estimate.low == pytest.approx(2)
-    assert estimate.n == 40
-
-
 def test_bad_input():
     with pytest.raises(ValueError, match="nothing to time"):
         interleaved_seconds({})
     with pytest.raises(ValueError, match="at least 1"):
         interleaved_seconds({"a": int}, repeats=0)
-    with pytest.raises(ValueError, match="must have the same rounds, not 2 and 1"):
-        ratio_interval([1, 2], [1])

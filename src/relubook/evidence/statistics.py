@@ -1,52 +1,20 @@
-"""Intervals for independent samples: the network is the sample.
-
-Samples are one finite number a network, shape (n,) with n >= 2; ``confidence`` is the coverage,
-strictly between 0 and 1. ValueError otherwise.
-"""
+"""Intervals for independent samples: the network is the sample."""
 
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from relubook._optional import require
 
-__all__ = ["Estimate", "base_seed", "mean_interval", "median_interval", "paired_interval"]
-__all__ += [
-    "FEW",
-    "common_value",
-    "finite_samples",
-    "interval",
-    "proportion_interval",
-    "scale",
-    "seeds",
-]
+__all__ = ["FEW", "base_seed", "common_value", "finite_samples", "interval", "median_interval"]
+__all__ += ["seeds"]
 
-T = TypeVar("T")
 Samples = Sequence[float] | Any
 Range = tuple[float, float] | None
 
 FEW = 5
 """If fewer samples than this differ from a common value, only an exact bound will do."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured quantity with both ends of its interval, in the unit of the samples.
-
-    ``n`` counts the independent samples (networks, not units or epochs) behind it.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    confidence: float = 0.95
-
-    def __str__(self) -> str:
-        coverage = "" if self.confidence == 0.95 else f", {100 * self.confidence:.4g}%"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.n}{coverage})"
 
 
 def base_seed() -> int:
@@ -64,99 +32,6 @@ def seeds(n: int, start: int = 0) -> range:
     """Return n seeds, one a network, from ``start`` above the base seed on."""
     first = base_seed() + start
     return range(first, first + n)
-
-
-def scale(*, quick: T, full: T) -> T:
-    """Choose the size of an experiment: ``quick`` in a notebook, ``full`` under ``make full``.
-
-    ValueError if the environment variable ``RELUBOOK_SCALE`` says neither of the two.
-    """
-    wanted = os.environ.get("RELUBOOK_SCALE", "quick")
-    if wanted not in ("quick", "full"):
-        raise ValueError(f"RELUBOOK_SCALE must be 'quick' or 'full', not {wanted!r}")
-    return full if wanted == "full" else quick
-
-
-def check_confidence(confidence: float) -> None:
-    """Raise ValueError unless a coverage lies strictly between 0 and 1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1, not {confidence!r}")
-
-
-def _samples(samples: Samples, confidence: float) -> Any:
-    check_confidence(confidence)
-    np = require("numpy", "intervals")
-    values = np.asarray(samples, dtype=float)
-    if values.ndim != 1:
-        raise ValueError(f"samples must be one-dimensional, not of shape {values.shape}")
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least 2 samples, not {len(values)}")
-    if not np.isfinite(values).all():
-        bad = f"{(~np.isfinite(values)).sum()} of {len(values)} samples are not finite"
-        raise ValueError(f"{bad}: decide how diverged networks count before")
-    return values
-
-
-def mean_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the mean of samples with Student's interval, exact for normal ones."""
-    stats, values = require("scipy.stats", "intervals"), _samples(samples, confidence)
-    mean, error = values.mean(), stats.sem(values)
-    low = high = mean
-    if error:
-        low, high = stats.t.interval(confidence, len(values) - 1, loc=mean, scale=error)
-    return Estimate(float(mean), float(low), float(high), len(values), confidence)
-
-
-def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """Return the share of successes among n >= 1 trials with Clopper and Pearson's exact interval.
-
-    After 0 successes its upper end is about ``3.7 / n`` (two-sided, at 95%).
-    """
-    check_confidence(confidence)
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"a share must have 0 <= successes <= n, n >= 1, not {successes} of {n}")
-    proportion = require("statsmodels.stats.proportion", "intervals of proportions")
-    low, high = proportion.proportion_confint(successes, n, 1 - confidence, method="beta")
-    return Estimate(successes / n, float(low), float(high), n, confidence)
-
-
-def median_interval(samples: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the median of samples, n >= 6 at 95%, with an interval that assumes no distribution.
-
-    It is the sign test turned round: its ends are two of the samples, its coverage is the wanted
-    one or more. ValueError if there are too few samples for it.
-    """
-    np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
-    values = _samples(samples, confidence)
-    middle = float(np.median(values))
-    low, high = stats.quantile_test(values, q=middle, p=0.5).confidence_interval(confidence)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        few = f"{len(values)} samples are too few"
-        raise ValueError(f"{few} for an interval of the median at {confidence:g}")
-    return Estimate(middle, float(low), float(high), len(values), confidence)
-
-
-def paired_interval(first: Samples, second: Samples, *, confidence: float = 0.95) -> Estimate:
-    """Return the mean of ``first - second``, two remedies tried on the same seeds.
-
-    Truth values (collapsed or not) give the difference of the two shares with the adjusted
-    interval of Bonett and Price, which holds its level for few samples and shares near 0 too;
-    numbers give Student's interval of the differences. ValueError if the lengths differ.
-
-    Source: Bonett and Price 2012, https://doi.org/10.3102/1076998611411915
-    """
-    np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
-    truths = all(np.asarray(sample).dtype == bool for sample in (first, second))
-    a, b = _samples(first, confidence), _samples(second, confidence)
-    if len(a) != len(b):
-        raise ValueError(f"paired samples must have one length, not {len(a)} and {len(b)}")
-    if not truths:
-        return mean_interval(a - b, confidence=confidence)
-    n, only_a, only_b = len(a), int((a > b).sum()), int((a < b).sum())
-    p, q = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    reach = stats.norm.ppf((1 + confidence) / 2) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    low, high = max(-1.0, p - q - reach), min(1.0, p - q + reach)
-    return Estimate((only_a - only_b) / n, float(low), float(high), n, confidence)
 
 
 def interval(
@@ -183,7 +58,8 @@ def interval(
     x, alpha = np.asarray(samples), 1 - confidence
     if x.ndim != 1 or not len(x):
         raise ValueError(f"samples must be one value a network, shape (n,), not {x.shape}")
-    check_confidence(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, not {confidence!r}")
     truths, x, n = x.dtype == bool, x.astype(float), len(x)
     if bad := int((~np.isfinite(x)).sum()):
         raise ValueError(f"{bad} of {n} samples are not finite: say by nonfinite= how they count")
@@ -233,3 +109,21 @@ def finite_samples(samples: Samples, nonfinite: float | str | None) -> tuple[Any
     if bad:
         x = x[finite] if nonfinite == "omit" else np.where(finite, x, float(nonfinite or 0))
     return x, bad
+
+
+def median_interval(
+    samples: Samples, *, confidence: float = 0.95
+) -> tuple[float, float, float, int]:
+    """Return the median, an interval that assumes no distribution, and the number of samples.
+
+    It is the sign test turned round: its ends are two of the samples, its coverage is the wanted
+    one or more. ValueError if there are too few samples for it (six at 95%).
+    """
+    np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
+    x, _ = finite_samples(samples, None)
+    middle = float(np.median(x))
+    ends = stats.quantile_test(x, q=middle, p=0.5).confidence_interval(confidence)
+    if not (math.isfinite(ends.low) and math.isfinite(ends.high)):
+        few = f"{len(x)} samples are too few"
+        raise ValueError(f"{few} for an interval of the median at {confidence:g}")
+    return middle, float(ends.low), float(ends.high), len(x)

@@ -1,12 +1,10 @@
-"""Timings that survive a noisy machine: processor time, interleaved, compared as ratios."""
+"""Timings that survive a noisy machine: processor time, interleaved, to be compared as ratios."""
 
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from relubook.evidence.statistics import Estimate, median_interval
-
-__all__ = ["interleaved_seconds", "ratio_interval"]
+__all__ = ["interleaved_seconds"]
 
 
 def interleaved_seconds(
@@ -33,13 +31,3 @@ def interleaved_seconds(
                 function()
             seconds[name].append((time.process_time() - started) / calls)
     return {name: taken[1:] for name, taken in seconds.items()}
-
-
-def ratio_interval(slow: list[float], fast: list[float]) -> Estimate:
-    """Return the median of ``slow / fast`` over the same rounds with its 95% interval.
-
-    ValueError if the lists differ in length or have fewer than six rounds.
-    """
-    if len(slow) != len(fast):
-        raise ValueError(f"both lists must have the same rounds, not {len(slow)} and {len(fast)}")
-    return median_interval([a / b for a, b in zip(slow, fast, strict=True)])

@@ -1,4 +1,4 @@
-"""Closed forms and exact counts: linear regions, drawn and counted, and networks built by hand.
+"""Linear regions of ReLU networks: closed forms, an exact count, and a network that has most.
 
 A network is given here by its layers, ``[(weight, bias), ...]`` in torch's shapes (out, in) and
 (out,), with a ReLU between them and none after the last.
@@ -6,7 +6,7 @@ A network is given here by its layers, ``[(weight, bias), ...]`` in torch's shap
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,30 +75,6 @@ def linear_regions_upper(inputs: int, widths: Sequence[int]) -> int:
         dimension = min(dimension, width)
         product *= hyperplane_regions(width, dimension)
     return product
-
-
-def line_pieces(layers: Layers, low: float, high: float) -> Tensor:
-    """Return the points inside [low, high] where a network of one input bends, in rising order.
-
-    Layer by layer: on a piece on which a layer's inputs are affine, each unit's zero is the root
-    of a straight line. Slopes closer than 1e-9 of the largest count as one.
-    """
-    knots = torch.tensor([low, high], dtype=torch.float64)
-    slope, offset = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
-    for weight, bias in layers[:-1]:
-        slope, offset = slope @ weight.double().T, offset @ weight.double().T + bias
-        root = -offset / slope
-        left, right = knots[:-1, None], knots[1:, None]
-        inside = (root > left) & (root < right)
-        knots = torch.cat([knots, root[inside]]).unique()
-        middle = (knots[:-1] + knots[1:]) / 2
-        parent = torch.searchsorted(right[:, 0].contiguous(), middle)
-        slope, offset = slope[parent], offset[parent]
-        fires = slope * middle[:, None] + offset > 0
-        slope, offset = slope * fires, offset * fires
-    slope = slope @ layers[-1][0].double().T
-    bends = (slope[1:] - slope[:-1]).abs().amax(1) > 1e-9 * slope.abs().max()
-    return knots[1:-1][bends]
 
 
 class PlaneRegion(NamedTuple):
@@ -184,29 +160,19 @@ def _halves(np: Any, cell: Any, height: Any) -> list[Any]:
     return [np.array(above), np.array(below)]
 
 
-def tent_network(times: int) -> Layers:
-    """Fold [0, 1] in the middle ``times`` times, by as many layers of two units.
-
-    The tent map ``1 - |2x - 1|`` is 2 relu(x) - 4 relu(x - 1/2) on [0, 1]; the network has exactly
-    ``2 ** times`` straight pieces. Telgarsky 2015, https://arxiv.org/abs/1509.08101
-    """
-    return folding_network(1, [2] * times, last="fold")
-
-
-def folding_network(inputs: int, widths: Sequence[int], *, last: str = "cut") -> Layers:
+def folding_network(inputs: int, widths: Sequence[int]) -> Layers:
     """Build a network on [0, 1]^inputs whose number of linear regions is ``linear_regions_lower``.
 
     Every hidden layer but the last folds each axis of the unit cube like a paper strip, so that
     ``floor(n / inputs)`` copies of [0, 1] lie on top of each other; units left over stay silent.
-    Whatever the last layer draws on the folded sheet appears on every copy: with ``"cut"``
-    hyperplanes in general position (one or two inputs), with ``"fold"`` one more fold, and the
-    output is the sum of the axes. Montufar et al. 2014, https://arxiv.org/abs/1402.1869
+    Whatever the last layer draws on the folded sheet appears on every copy: hyperplanes in general
+    position (for one or two inputs). Montufar et al. 2014, https://arxiv.org/abs/1402.1869
     """
     kind: Any = {"dtype": torch.float64}
     # Reads the folded cube off the units of the layer before.
     read, shift = torch.eye(inputs, **kind), torch.zeros(inputs, **kind)
     layers: Layers = []
-    for width in widths if last == "fold" else widths[:-1]:
+    for width in widths[:-1]:
         p = width // inputs
         rows = torch.zeros(width, inputs, **kind)
         bias = torch.zeros(width, **kind)
@@ -218,8 +184,6 @@ def folding_network(inputs: int, widths: Sequence[int], *, last: str = "cut") ->
             heights[axis, axis * p + j] = (-1) ** j * (2.0 if j else 1.0) * p
         layers.append((rows @ read, rows @ shift + bias))
         read, shift = heights, torch.zeros(inputs, **kind)
-    if last == "fold":
-        return [*layers, (read.sum(0, keepdim=True), torch.zeros(1, **kind))]
     normals, offsets = _general_lines(inputs, widths[-1])
     layers.append((normals @ read, normals @ shift + offsets))
     heights = torch.arange(1.0, widths[-1] + 1, **kind)[None]
@@ -245,104 +209,11 @@ def _general_lines(inputs: int, count: int) -> tuple[Tensor, Tensor]:
     return normals, -normals.sum(1) / 2 - 0.45 * math.sin(math.pi / (2 * m))
 
 
-def interpolating_network(knots: Tensor, values: Tensor) -> Layers:
-    """Build the network with one hidden layer that joins points by straight lines.
-
-    Knots, in rising order, and values are (n,); there are ``n - 1`` hidden units. Right of the last
-    knot the last line goes on; left of the first the network is constant.
-    """
-    knots, values = knots.double(), values.double()
-    slope = (values[1:] - values[:-1]) / (knots[1:] - knots[:-1])
-    bend = torch.cat([slope[:1], slope[1:] - slope[:-1]])
-    return [(torch.ones(len(bend), 1).double(), -knots[:-1]), (bend[None], values[:1])]
-
-
-def grid_interpolant(
-    function: Callable[[Tensor], Tensor], cells: int, dimension: int
-) -> Callable[[Tensor], Tensor]:
-    """Interpolate a function (n, dimension) -> (n,) on a grid of the unit cube, by ReLUs alone.
-
-    Each cube of the grid is cut into simplices (Kuhn's triangulation). The hat function of a grid
-    point, 1 there and 0 at all others, is ``relu(1 + min(0, u) - max(0, u))`` with u the
-    distances to it in grid steps; minimum and maximum of two numbers are
-    ``a - relu(a - b)`` and ``b + relu(a - b)``.
-    """
-    axis = torch.arange(cells + 1, dtype=torch.float64)
-    points = torch.cartesian_prod(*[axis] * dimension).view(-1, dimension)
-    values = function(points / cells)
-
-    def interpolant(x: Tensor) -> Tensor:
-        u = (x.double() * cells)[:, None, :] - points
-        least = greatest = torch.zeros_like(u[..., 0])
-        for k in range(dimension):
-            least = least - torch.relu(least - u[..., k])
-            greatest = greatest + torch.relu(u[..., k] - greatest)
-        return torch.relu(1 + least - greatest) @ values
-
-    return interpolant
-
-
-def interpolation_error_bound(curvature: float, spacing: float, dimension: int = 1) -> float:
-    """Return how far a function can be from its piecewise-linear interpolant on a grid.
-
-    Let c be the center and R the radius of a ball about a simplex and M the largest second
-    derivative in size (in any direction). Then ``error + M/2 |x - c|^2`` is convex and at most
-    M/2 R^2 at the corners, hence everywhere. A grid cube has R = spacing sqrt(dimension) / 2.
-    """
-    return curvature * dimension * spacing**2 / 8
-
-
-class Misses(NamedTuple):
-    """Largest errors of an interpolating network at its knots (rounding alone), and between."""
-
-    knots: float
-    between: float
-
-
-def interpolation_misses(
-    function: Callable[[Tensor], Tensor], low: float, high: float, units: int, *, inside: int = 15
-) -> Misses:
-    """Join ``units + 1`` equidistant points of a function by a network; measure its error.
-
-    Every interval is looked at in ``inside`` equidistant points; an odd number has the middle.
-
-    >>> interpolation_misses(torch.square, 0.0, 1.0, 4)
-    Misses(knots=0.0, between=0.015625)
-    """
-    knots = torch.linspace(low, high, units + 1, dtype=torch.float64)
-    steps = torch.arange(1, inside + 1, dtype=torch.float64) / (inside + 1)
-    between = (knots[:-1, None] + steps * ((high - low) / units)).flatten()
-    layers = interpolating_network(knots, function(knots))
-
-    def miss(x: Tensor) -> float:
-        return (apply_layers(layers, x[:, None])[:, 0] - function(x)).abs().max().item()
-
-    return Misses(miss(knots), miss(between))
-
-
-def member_regions(
-    network: Stack, member: int, *, low: float = -1.0, high: float = 1.0
-) -> list[PlaneRegion]:
-    """Cut a square into the linear regions of one plain ReLU network of two inputs in a stack."""
-    return plane_regions(layers_of(network.member(member)), low=low, high=high)
-
-
 def region_counts(network: Stack, *, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Count the linear regions of each network of a stack in a square, float64 (members,)."""
-    counts = [len(member_regions(network, m, low=low, high=high)) for m in range(len(network))]
+    """Count the linear regions in a square of each plain ReLU network of a stack, (members,).
+
+    The networks have two inputs; the counts are float64.
+    """
+    members = (layers_of(network.member(m)) for m in range(len(network)))
+    counts = [len(plane_regions(layers, low=low, high=high)) for layers in members]
     return torch.tensor(counts, dtype=torch.float64)
-
-
-def draw_regions(axes: Any, regions: Sequence[PlaneRegion]) -> None:
-    """Draw regions as polygons in pale colors on matplotlib's axes, and fit the axes to them."""
-    polygons = [region.corners for region in regions]
-    palette = require("matplotlib", "figures").colormaps["Pastel1"]
-    colors = palette([place % palette.N for place in range(len(polygons))])
-    collection = require("matplotlib.collections", "figures").PolyCollection
-    axes.add_collection(collection(polygons, facecolors=colors, edgecolors="gray"))
-    corners = torch.cat(polygons)
-    low, high = corners.min().item(), corners.max().item()
-    ticks = (low, (low + high) / 2, high)
-    axes.set(xlim=(low, high), ylim=(low, high), xticks=ticks, yticks=ticks, aspect="equal")
-    axes.set(xlabel="$x_1$", ylabel="$x_2$")
-    axes.grid(False)
