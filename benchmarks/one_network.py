@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from relubook.evidence.data import dataset
-from relubook.evidence.statistics import Estimate, mean_interval
+from relubook.evidence.statistics import interval
 from relubook.training.recipe import Recipe
 from relubook.training.train import train
 
@@ -39,9 +39,7 @@ def benchmarks(networks: int = NETWORKS) -> list[dict]:
         for kind in ({"normalization": "batch"}, {"activation": "leaky_relu"}):
             (name,) = kind.values()
             flips = flipped_verdicts(plain, accuracies(range(networks), lr, **kind))
-            ahead, low, high = (
-                100 * getattr(flips.difference, k) for k in ("value", "low", "high")
-            )
+            ahead, low, high = (100 * end for end in flips.difference)
             facts = {
                 f"plain ahead by points ({low:.2f} to {high:.2f})": ahead,
                 "share of pairs that name the wrong winner": flips.flipped,
@@ -60,14 +58,14 @@ class FlippedVerdicts(NamedTuple):
     """How far a comparison of two remedies hangs on the seeds.
 
     Attributes:
-        difference: Mean difference, first minus second, with its 95% interval.
+        difference: Mean difference, first minus second, and both ends of its 95% interval.
         flipped: Share of pairs of different seeds in which the worse on average is ahead.
         same_seed: The same for pairs that share their seed.
         ties: Share of the pairs of different seeds that come out equal.
         needed: Pairs of equal seeds for a 95% interval without 0, with a probability of about 80%.
     """
 
-    difference: Estimate
+    difference: tuple[float, float, float]
     flipped: float
     same_seed: float
     ties: float
@@ -79,13 +77,15 @@ def flipped_verdicts(first: Sequence[float], second: Sequence[float]) -> Flipped
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f"paired samples must have one length, not {len(a)} and {len(b)}")
-    paired, difference = a - b, mean_interval(a - b)
-    sign = math.copysign(1.0, difference.value)
+    paired = a - b
+    difference = interval(paired, within=None)
+    ahead = difference[0]
+    sign = math.copysign(1.0, ahead)
     apart = (a[:, None] - b)[~np.eye(len(a), dtype=bool)]
     needed = 2
-    if (spread := float(np.std(paired, ddof=1))) and difference.value:
+    if (spread := float(np.std(paired, ddof=1))) and ahead:
         reach = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
-        needed = max(2, math.ceil((reach * spread / difference.value) ** 2))
+        needed = max(2, math.ceil((reach * spread / ahead) ** 2))
     return FlippedVerdicts(
         difference=difference,
         flipped=float((sign * apart < 0).mean()),

@@ -386,6 +386,13 @@ def test_a_section_says_how_a_claim_is_tested_before_it_runs(text):
             assert needed in before or spared, f"{heading}: no {needed}"
 
 
+def test_every_claim_has_an_id_of_its_own():
+    text = (notebooks.LEDGER.with_name("claims.toml")).read_text(encoding="utf-8")
+    ids = Counter(re.findall(r'^id = "([^"]+)"', text, re.M))
+    assert not [claim_id for claim_id, times in ids.items() if times > 1]
+    assert len(ids) == len(ledger())
+
+
 def test_only_evidence_judges():
     for name, text in TEXTS.items():
         if not notebooks.is_evidence(name):

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+import replications
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
@@ -198,7 +199,7 @@ def repository() -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
-def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address, page):
+def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address, site, page):
     url, branch = repository()
     owner_and_name = urlparse(url).path.strip("/")
     with Visit(browser, address, f"{page}.html") as visit:
@@ -216,6 +217,8 @@ def test_launch_buttons_lead_to_the_notebook_in_the_repository(browser, address,
     )
     assert match, binder[0]
     assert match[1] == f"{page}.ipynb"
+    (download,) = (link for link in links if link.endswith(".ipynb") and address in link)
+    assert (site / urlparse(download).path.strip("/")).is_file()
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
@@ -235,6 +238,13 @@ def tracked() -> set[str]:
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return set(listed.stdout.splitlines())
+
+
+def test_the_ledger_shows_replications(site):
+    stored = replications.read()
+    text = (site / "book" / "claims.html").read_text(encoding="utf-8")
+    assert text.count("Replicated in") == len(stored["claims"])
+    assert text.count("Rests in part on a stored map") == len(stored["stored"])
 
 
 def test_search_finds_dying(browser, address):

@@ -268,7 +268,7 @@ def test_card_of_a_theorem_has_no_interval():
         (-0.0001, "%", 0, "0"),
         (math.inf, "", 1, "\u221e"),
         (2.0, "", None, "2"),
-        (0.03125, "%", None, "3.1"),
+        (0.03125, "%", None, "3.12"),
     ],
 )
 def test_numbers_are_written_for_readers(value, unit, digits, text):

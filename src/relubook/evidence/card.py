@@ -19,13 +19,13 @@ def number(value: float, unit: str, digits: int | None = None) -> str:
     Args:
         value: Also infinite.
         unit: ``"%"`` and ``" points"`` write hundredths; anything else writes the value itself.
-        digits: After the point; by default two or three significant ones in all.
+        digits: After the point; by default three or four significant ones in all.
     """
     value *= 100 if unit in ("%", " points") else 1
     if digits is not None and math.isfinite(value):
         text = f"{value:.{digits}f}"
     else:
-        text = f"{value:.2g}" if abs(value) < 10 else f"{value:.4g}"
+        text = f"{value:.3g}" if abs(value) < 10 else f"{value:.4g}"
     if not text.strip("-0."):
         text = text.removeprefix("-")
     return text.replace("-", "\u2212").replace("inf", "\u221e")
