@@ -11,7 +11,7 @@ depends on just the modules it uses. Everything else is imported from its room.
 import importlib
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {"activations": "layers.activations", "initializers": "layers.initializers"}
 
