@@ -13,7 +13,8 @@ from sphinx.util.docutils import SphinxDirective
 
 from relubook.evidence.claims import WORDS, ledger
 
-REPLICATIONS = Path(__file__).resolve().parents[1] / "results" / "replications.json"
+BOOK = Path(__file__).resolve().parents[1]
+REPLICATIONS = BOOK / "results" / "replications.json"
 MARKS = {"holds": "\u2713", "fails": "\u2717", "open": "?"}
 
 
@@ -31,7 +32,8 @@ class ClaimsTable(SphinxDirective):
         for chapter in dict.fromkeys(row["chapter"] for row in rows):
             built = f"book/{chapter}" in self.env.found_docs
             name = chapter.replace("-", " ").capitalize()
-            lines += [f"## {{doc}}`{chapter}`" if built else f"## {name} (in preparation)", ""]
+            head = f"[{title_of(chapter)}]({chapter}.md)" if built else f"{name} (in preparation)"
+            lines += [f"## {head}", ""]
             lines += [f"PLACE-{row['id']}\n" for row in rows if row["chapter"] == chapter]
         found = self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
         places = {f"PLACE-{row['id']}": row for row in rows}
@@ -83,6 +85,12 @@ class ClaimsSummary(SphinxDirective):
         """Return a paragraph."""
         self.env.note_dependency(str(reference.PACKAGE / "evidence/verdicts.json"))
         return self.parse_text_to_nodes(summary(ledger()))
+
+
+def title_of(chapter: str) -> str:
+    """Return the title of a chapter's text."""
+    text = (BOOK / f"{chapter}.md").read_text(encoding="utf-8")
+    return next(line for line in text.splitlines() if line.startswith("# ")).removeprefix("# ")
 
 
 def raw(html: str) -> nodes.Node:
