@@ -337,7 +337,7 @@ def claim(claim_id: str) -> Claim:
 def ledger() -> list[dict[str, Any]]:
     """Return every claim with its facts, its verdict (*untested* without any) and its parts."""
     empty = {"verdict": "untested", "condition": "", "parts": [], "sources": [], "finding": ""}
-    records, facts = _records(), ("id", "statement", "chapter", "whose", "notes")
+    records, facts = _records(), ("id", "statement", "chapter", "whose")
     return [
         {fact: getattr(entry, fact) for fact in facts} | empty | records.get(entry.id, {})
         for entry in _data()[0].values()
