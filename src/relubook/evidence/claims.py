@@ -339,7 +339,10 @@ def ledger() -> list[dict[str, Any]]:
     empty = {"verdict": "untested", "condition": "", "parts": [], "sources": [], "finding": ""}
     records, facts = _records(), ("id", "statement", "chapter", "whose")
     return [
-        {fact: getattr(entry, fact) for fact in facts} | empty | records.get(entry.id, {})
+        {fact: getattr(entry, fact) for fact in facts}
+        | {"notes": list(entry.notes)}
+        | empty
+        | records.get(entry.id, {})
         for entry in _data()[0].values()
     ]
 
