@@ -31,6 +31,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from relubook.evidence._files import write_whole
 from relubook.evidence.claims import ledger
 from relubook.evidence.fingerprint import code_digest
 
@@ -310,7 +311,7 @@ def into_the_ledger(files: Iterable[Path]) -> None:
     merged = {claim_id: record for records in found for claim_id, record in records.items()}
     ordered = {row["id"]: merged[row["id"]] for row in ledger() if row["id"] in merged}
     written = json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"
-    LEDGER.write_text(written, encoding="utf-8", newline="\n")
+    write_whole(LEDGER, written)
 
 
 def chosen(names: list[str]) -> dict[str, Path]:

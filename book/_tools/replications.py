@@ -18,6 +18,8 @@ from typing import Any
 import notebooks
 from notebooks import failures_of, fingerprint, python_of, read_source, verdicts_of
 
+from relubook.evidence._files import write_whole
+
 REPLICATIONS = notebooks.RESULTS / "replications.json"
 BASES = (1_000_000, 2_000_000, 3_000_000)
 SETTINGS = (*map(str, BASES), "elsewhere")
@@ -94,7 +96,7 @@ def write(kept: Mapping[str, Any]) -> None:
         lines.append(f' "{key}": {{\n  {body}\n }}' if body else f' "{key}": {{}}')
     stored = [claim_id for claim_id in order if claim_id in kept["stored"]]
     lines.append(f' "stored": {json.dumps(stored)}')
-    REPLICATIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8", newline="\n")
+    write_whole(REPLICATIONS, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> int:
