@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import notebooks
-
-from relubook.evidence.fingerprint import code_digest
+from fingerprint import code_digest
 
 TAGS = {"setup", "lab", "experiment"}
 # A change to these does not make a result stale.
-ASIDE = ("_optional", "book", *(f"evidence.{m}" for m in ("_files", "claims", "fingerprint")))
+ASIDE = ("_optional", "book", *(f"evidence.{m}" for m in ("_files", "claims")))
 ASIDE += ("evidence.results",)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import jupytext
 import nbformat
+from fingerprint import code_digest
 from jupytext.combine import combine_inputs_with_outputs
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -33,7 +34,6 @@ from nbformat import NotebookNode
 
 from relubook.evidence._files import write_whole
 from relubook.evidence.claims import ledger
-from relubook.evidence.fingerprint import code_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"

@@ -75,7 +75,6 @@ def test_what_the_site_reads_needs_no_torch():
         "for name in ('torch', 'numpy', 'pandas', 'scipy'):\n"
         "    sys.modules[name] = None\n"
         "from relubook.evidence.claims import ledger, source_notes\n"
-        "import relubook.evidence.fingerprint\n"
         "assert ledger() and source_notes()\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

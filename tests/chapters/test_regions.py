@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from relubook.chapters.regions import (
-    apply_layers,
     folding_network,
     hyperplane_regions,
     layers_of,
     linear_regions_lower,
-    linear_regions_upper,
     plane_regions,
     region_counts,
 )
@@ -34,6 +32,22 @@ def patterns(layers, x):
         fires.append(z > 0)
         x = torch.relu(z)
     return torch.cat(fires, dim=-1)
+
+
+def apply_layers(layers, x):
+    for weight, bias in layers[:-1]:
+        x = torch.relu(x @ weight.T + bias)
+    weight, bias = layers[-1]
+    return x @ weight.T + bias
+
+
+def linear_regions_upper(inputs, widths):
+    """No network exceeds it: Montufar 2017, Notes on the number of linear regions."""
+    product, dimension = 1, inputs
+    for width in widths:
+        dimension = min(dimension, width)
+        product *= hyperplane_regions(width, dimension)
+    return product
 
 
 class TestLayers:

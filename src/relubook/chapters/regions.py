@@ -37,14 +37,6 @@ def layers_of(module: nn.Module) -> Layers:
     return layers
 
 
-def apply_layers(layers: Layers, x: Tensor) -> Tensor:
-    """Run a network given by its layers, (..., inputs) to (..., outputs)."""
-    for weight, bias in layers[:-1]:
-        x = torch.relu(x @ weight.T + bias)
-    weight, bias = layers[-1]
-    return x @ weight.T + bias
-
-
 def hyperplane_regions(hyperplanes: int, dimension: int) -> int:
     """Return into how many regions hyperplanes in general position cut a space.
 
@@ -62,19 +54,6 @@ def linear_regions_lower(inputs: int, widths: Sequence[int]) -> int:
     """
     folds = math.prod((width // inputs) ** inputs for width in widths[:-1])
     return folds * hyperplane_regions(widths[-1], inputs)
-
-
-def linear_regions_upper(inputs: int, widths: Sequence[int]) -> int:
-    """Return a number of linear regions that no network of these hidden widths exceeds.
-
-    A layer cuts each region, whose image has at most the dimension of the narrowest layer so far,
-    as ``hyperplane_regions`` says. Montufar 2017, Notes on the number of linear regions.
-    """
-    product, dimension = 1, inputs
-    for width in widths:
-        dimension = min(dimension, width)
-        product *= hyperplane_regions(width, dimension)
-    return product
 
 
 class PlaneRegion(NamedTuple):

@@ -3,10 +3,9 @@
 import random
 
 import pytest
+from fingerprint import code_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from relubook.evidence.fingerprint import code_digest
 
 SOURCES = {
     "__init__": (

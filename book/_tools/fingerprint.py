@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = ["code_digest"]
 
-_HERE = Path(__file__).parents[1]
+_HERE = Path(__file__).parents[2] / "src" / "relubook"
 _OWN = "__main__"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
