@@ -16,7 +16,7 @@ SITE := $(VENV)/.site
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test check format notebooks elsewhere verdicts record full serve bench lock address clean
+.PHONY: help book test check format notebooks elsewhere verdicts record full serve stills bench lock address clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -68,6 +68,9 @@ full: $(INSTALLED) ## compute what is missing or stale of book/results (NAMES=..
 
 serve: $(SITE) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve
+
+stills: $(INSTALLED) ## draw anew what the moving figures show without a script
+	$(RUN) book/_tools/explorables.py
 
 bench: $(INSTALLED) ## a table of ratios with their bars, and _build/bench.json
 	$(RUN) -m benchmarks $(NAMES)

@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+import explorables
 import reference
 from docutils import nodes
 from ledger_page import ClaimsSummary, ClaimsTable
@@ -131,6 +132,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", exclude_text_twins)
     app.connect("html-page-context", lighten_page, priority=900)
     app.connect("html-page-context", turn_past_evidence)
+    explorables.setup(app)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)

@@ -1,35 +1,16 @@
 """The built site as its readers meet it: every page in a real browser, served from here."""
 
-import functools
-import os
 import re
-import shutil
 import subprocess
-import sys
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 import replications
 import yaml
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
+from visits import PHONE, Visit, violations
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PHONE = {"width": 375, "height": 812}
-DESK = {"width": 1280, "height": 900}
 MEGABYTE = 1_000_000
 
 # One process builds and serves the site for all of these.
@@ -39,86 +20,6 @@ pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site"
 PAGES = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
 CHAPTERS = [page for page in NOTEBOOKS if "/evidence/" not in page]
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    """Build the site from nothing, with warnings as errors."""
-    out = tmp_path_factory.mktemp("site")
-    program = shutil.which("jupyter-book", path=str(Path(sys.executable).parent))
-    command = [program, "build", "-W", "-n", "--keep-going", "--path-output", str(out), str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"the strict build failed:\n{result.stdout}\n{result.stderr}"
-    assert "WARNING" not in result.stdout + result.stderr
-    return out / "_build" / "html"
-
-
-@pytest.fixture(scope="session")
-def address(site):
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    if CHROMIUM is None:
-        message = "no Chromium on this machine: install the package chromium to test the site"
-        if os.environ.get("RELUBOOK_REQUIRE_BROWSER"):
-            pytest.fail(message)
-        pytest.skip(message)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """One page opened in a fresh context, with all that it asked for and complained about."""
-
-    def __init__(self, browser, address, path, *, viewport=None, scheme="light"):
-        self.context = browser.new_context(viewport=viewport or DESK, color_scheme=scheme)
-        self.page = self.context.new_page()
-        self.errors: list[str] = []
-        self.foreign: list[str] = []
-        self.failed: list[str] = []
-        self.loaded: set[str] = set()
-        self.host = urlparse(address).netloc
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("response", self._response)
-        self.page.route("**/*", self._route)
-        self.page.goto(f"{address}/{path}")
-        self.page.wait_for_load_state("networkidle")
-        self.page.wait_for_function(
-            "!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)"
-        )
-
-    def _route(self, route):
-        url = urlparse(route.request.url)
-        if url.scheme in ("data", "blob") or url.netloc == self.host:
-            route.continue_()
-        else:
-            self.foreign.append(route.request.url)
-            route.abort()
-
-    def _response(self, response):
-        if response.status >= 400:
-            self.failed.append(f"{response.status} {response.url}")
-        else:
-            self.loaded.add(urlparse(response.url).path)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.context.close()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -155,16 +56,6 @@ def test_page_is_accessible_and_legible(browser, address, page, scheme):
     with Visit(browser, address, f"{page}.html", scheme=scheme) as visit:
         assert visit.page.evaluate("document.documentElement.dataset.theme") == scheme
         assert not violations(visit.page)
-
-
-def violations(page):
-    """Return what axe finds serious or critical."""
-    return [
-        f"{v['id']}: {n['html'][:120]} {n['any'][0]['message'] if n['any'] else ''}"
-        for v in Axe().run(page).response["violations"]
-        if v["impact"] in ("serious", "critical")
-        for n in v["nodes"]
-    ]
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS)

@@ -1,0 +1,291 @@
+"""The figures without a kernel: their numbers against PyTorch, their use by readers."""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import explorables
+import pytest
+import torch
+from scipy.stats import binomtest
+from visits import DESK, PHONE, Visit
+
+from relubook.chapters.born_dead import lower_bound, upper_bound
+
+ROOT = Path(__file__).resolve().parents[2]
+KILL, BORN = "book/how-units-die", "book/born-dead"
+PAGES = {"kill-a-unit": [KILL], "born-dead": [BORN]}
+
+pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site")]
+
+
+@pytest.fixture(scope="module")
+def model(browser):
+    """A bare page with the scripts alone: the models need no site."""
+    page = browser.new_page()
+    for name in ("core", *explorables.TITLES):
+        page.add_script_tag(path=str(explorables.SCRIPTS / f"{name}.js"))
+    yield page
+    page.close()
+
+
+# ---- the models ------------------------------------------------------------------------------
+
+
+def torch_run(data, *, rate, leak, center, start, outlier, drops, steps):
+    """Train the unit of the figure with PyTorch's gradients."""
+    mean = data["mean"] if center else 0.0
+    x = torch.tensor(data["x"], dtype=torch.float64) - mean
+    y = torch.tensor(data["y"], dtype=torch.float64)
+    far = torch.tensor([outlier - mean], dtype=torch.float64)
+    w = torch.tensor(start[0], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor(start[1] + start[0] * mean, dtype=torch.float64, requires_grad=True)
+    path = [(w.item(), b.item())]
+    for step in range(steps):
+        bx, by = (far, torch.ones(1, dtype=torch.float64)) if step in drops else (x, y)
+        out = torch.nn.functional.leaky_relu(w * bx + b, leak)
+        gradients = torch.autograd.grad(((out - by) ** 2 / 2).mean(), (w, b))
+        with torch.no_grad():
+            for value, gradient in zip((w, b), gradients, strict=True):
+                value -= rate * gradient
+        path.append((w.item(), b.item()))
+    return torch.tensor(path, dtype=torch.float64)
+
+
+GRID = list(
+    itertools.product(
+        (0.02, 0.15, 0.35, 0.5), (0.0, 0.1, 0.3), (False, True), ([], [0], [60], [20, 21, 70])
+    )
+)
+
+
+def chaotic(rate, leak, center):
+    """Whether a step overshoots and the leak throws it back: rounding errors then grow to order 1.
+
+    In PyTorch alone a start changed by 1e-15 ends up somewhere else.
+    """
+    return rate == 0.5 and leak > 0 and not center
+
+
+def test_kill_a_unit_agrees_with_pytorch(model):
+    data = model.evaluate("relubook.killAUnit.data")
+    worst, runs, steps = 0.0, 0, 120
+    for rate, leak, center, drops in GRID:
+        if chaotic(rate, leak, center):
+            continue
+        settings = {
+            "rate": rate, "leak": leak, "center": center, "drops": drops,
+            "start": [0.5, -0.9], "outlier": 5.3,
+        }  # fmt: skip
+        path = model.evaluate("([p, n]) => relubook.killAUnit.run(p, n)", [settings, steps])
+        mine = torch.tensor([path["w"], path["b"]], dtype=torch.float64).T
+        theirs = torch_run(data, steps=steps, **settings)
+        worst = max(worst, (mine - theirs).abs().max().item())
+        runs += 1
+    print(f"{runs} runs of {steps} steps: largest difference {worst:.1e}")
+    assert worst < 1e-9
+
+
+def test_each_step_of_kill_a_unit_agrees_with_pytorch_even_where_runs_are_chaotic(model):
+    data = model.evaluate("relubook.killAUnit.data")
+    worst, count = 0.0, 0
+    for rate, leak, center, drops in GRID:
+        if not chaotic(rate, leak, center):
+            continue
+        settings = {"rate": rate, "leak": leak, "center": False, "outlier": 5.3}
+        first = settings | {"drops": drops, "start": [0.5, -0.9]}
+        path = model.evaluate("([p, n]) => relubook.killAUnit.run(p, n)", [first, 120])
+        for step in range(120):
+            here = settings | {
+                "start": [path["w"][step], path["b"][step]], "drops": [0] if step in drops else []
+            }  # fmt: skip
+            w, b = torch_run(data, steps=1, **here)[1].tolist()
+            worst = max(worst, abs(w - path["w"][step + 1]), abs(b - path["b"][step + 1]))
+            count += 1
+    print(f"{count} single steps: largest difference {worst:.1e}")
+    assert worst < 1e-12
+
+
+def test_kill_a_unit_tells_the_books_story(model):
+    story = model.evaluate(
+        """() => {
+            const { run } = relubook.killAUnit, dead = (path) => path.fires.some((f) => f === 0);
+            const result = { raw: dead(run({ drops: [60] }, 200)), learns: dead(run({}, 200)),
+                near: dead(run({ drops: [60], outlier: 3 }, 200)),
+                rate: dead(run({ rate: 0.5 }, 200)), runs: 0, deaths: [],
+                leak: run({ drops: [60], leak: 0.1 }, 200).fires };
+            for (let k = 0; k <= 30; k += 1)
+                for (let outlier = 3; outlier <= 6; outlier += 0.5)
+                    for (const drops of [[], [0], [5], [60], [20, 21, 22],
+                                         [60, 61, 62, 63, 64, 65]]) {
+                        result.runs += 1;
+                        const rate = 0.02 * 25 ** (k / 30);
+                        const path = run({ center: true, rate, outlier, drops }, 200);
+                        const at = path.fires.indexOf(0);
+                        if (at >= 0) result.deaths.push([drops[0], path.b[at]]);
+                    }
+            return result;
+        }"""
+    )
+    assert [story[name] for name in ("learns", "near", "raw", "rate")] == [False, False, True, True]
+    # On centered inputs no unit is dead with a bias of 0 or more: a few die, hit before step 1.
+    assert story["runs"] == 1302
+    assert len(story["deaths"]) < 10
+    assert all(first == 0 and bias < 0 for first, bias in story["deaths"])
+    assert 0 in story["leak"]
+    assert story["leak"][-1] == 9
+
+
+def test_born_dead_networks_agree_with_pytorch(model):
+    for width, index in itertools.product((1, 2, 3, 10), range(4)):
+        net, sides = model.evaluate(
+            "([w, k]) => { const n = relubook.bornDead.network(w, k);"
+            " return [n, relubook.bornDead.fate(n)]; }",
+            [width, index],
+        )
+        for x, side in zip((1.0, -1.0), sides, strict=True):
+            h = torch.tensor([x], dtype=torch.float64)
+            for depth in range(1, 31):
+                out = torch.tensor(net["last"][depth - 1], dtype=torch.float64) @ h
+                assert math.isclose(out.item(), side["f"][depth - 1], rel_tol=1e-9, abs_tol=1e-12)
+                if depth < 30:
+                    h = (torch.tensor(net["hidden"][depth - 1], dtype=torch.float64) @ h).relu()
+                    assert bool((h == 0).all()) == (0 < side["silent"] <= depth)
+
+
+def test_born_dead_agrees_with_the_book(model):
+    stored = json.loads((ROOT / "book/results/born-dead.json").read_text())
+    for cell in stored["cells"]:
+        width, networks = cell["at"]["width"], 4000
+        dead = model.evaluate("([w, n]) => relubook.bornDead.count(w, 0, n)", [width, networks])
+        for depth in (2, 3, 5, 10, 20, 30):
+            share = sum(cell["measured"][f"both {depth}"]) / 40_000
+            mine = binomtest(dead[depth], networks).proportion_ci(1 - 0.001 / 54)
+            assert mine.low <= share <= mine.high, (width, depth)
+            assert model.evaluate(
+                "([w, d]) => relubook.bornDead.lower(w, d)", [width, depth]
+            ) == pytest.approx(lower_bound(width, depth), abs=1e-12)
+            assert model.evaluate(
+                "([w, d]) => relubook.bornDead.upper(w, d)", [width, depth]
+            ) == pytest.approx(upper_bound(width, depth), abs=1e-12)
+
+
+# ---- the stills and the pages ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", explorables.TITLES)
+def test_still_is_what_the_script_draws(browser, name):
+    stored = (explorables.SCRIPTS / f"{name}.html").read_text(encoding="utf-8")
+    assert explorables.still(browser, name) == stored, "run: make stills"
+
+
+def test_scripts_load_only_where_they_are_used(site):
+    found = {}
+    for page in (site / "book").rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        shown = re.findall(r'data-explorable="([\w-]+)"', text)
+        loaded = set(re.findall(r"explorables/([\w-]+)\.js", text))
+        assert loaded == ({"core", *shown} if shown else set()), page.name
+        for name in shown:
+            where = page.relative_to(site).with_suffix("").as_posix()
+            found.setdefault(name, []).append(where)
+    assert {name: sorted(pages) for name, pages in found.items()} == PAGES
+
+
+@pytest.mark.parametrize("page", [KILL, BORN])
+def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page):
+    context = browser.new_context(java_script_enabled=False)
+    opened = context.new_page()
+    opened.goto(f"{address}/{page}.html")
+    figure = opened.locator(".rb-explorable")
+    assert figure.locator("svg").count() >= 2
+    assert figure.locator("button, input").count() == 0
+    assert len(figure.locator("figcaption").inner_text()) > 60
+    context.close()
+
+
+@pytest.mark.parametrize("page", [KILL, BORN])
+def test_figures_run_from_a_file(browser, site, page):
+    context = browser.new_context()
+    opened = context.new_page()
+    opened.goto((site / f"{page}.html").as_uri())
+    opened.wait_for_selector(".rb-explorable[data-ready] button")
+    context.close()
+
+
+def test_a_reader_kills_a_unit_and_centering_saves_it_by_keyboard_alone(browser, address):
+    with Visit(browser, address, f"{KILL}.html", reduced_motion="reduce") as visit:
+        page = visit.page
+        said = page.locator(".rb-explorable [role=status]")
+        page.get_by_role("button", name="Drop an outlier").focus()
+        page.keyboard.press("Enter")
+        assert "pushed z below 0 on all 9 points" in said.inner_text()
+        page.get_by_label("Center the inputs").focus()
+        page.keyboard.press("Space")
+        assert "one side up, the other down" in said.inner_text()
+        page.keyboard.press("Space")
+        page.get_by_label("Leak", exact=True).focus()
+        page.keyboard.press("End")
+        assert "the leak brought it back" in said.inner_text()
+        start = page.get_by_role("slider", name="Start of the unit")
+        before = start.get_attribute("aria-valuetext")
+        start.focus()
+        page.keyboard.press("ArrowRight")
+        assert start.get_attribute("aria-valuetext") != before
+        assert not visit.errors
+
+
+@pytest.mark.parametrize("where", [KILL, BORN])
+def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, where):
+    with Visit(browser, address, f"{where}.html") as visit:
+        figure = visit.page.locator(".rb-explorable")
+        for label in figure.locator("label[for]").all_inner_texts():
+            assert visit.page.get_by_label(label, exact=True).get_attribute("type") == "range"
+        assert figure.locator("[role=status], [aria-live], output").count() == 1
+
+
+def test_a_finger_drags_the_start(browser, address):
+    with Visit(browser, address, f"{KILL}.html", viewport=PHONE, has_touch=True) as visit:
+        page = visit.page
+        start = page.get_by_role("slider", name="Start of the unit")
+        start.scroll_into_view_if_needed()
+        box = start.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        before = start.get_attribute("aria-valuetext")
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x - 60, y + 10, steps=4)
+        page.mouse.up()
+        assert start.get_attribute("aria-valuetext") != before
+        action = page.evaluate("getComputedStyle(document.querySelector('.rb-start')).touchAction")
+        assert action == "none"
+
+
+def test_more_depth_never_revives(browser, address):
+    with Visit(browser, address, f"{BORN}.html") as visit:
+        page, counts = visit.page, []
+        depth = page.get_by_label("Depth", exact=True)
+        for value in (1, 2, 5, 10, 20, 30):
+            depth.fill(str(value))
+            counts.append(int(page.locator(".rb-chip").inner_text().split()[0]))
+        assert counts == sorted(counts)
+        assert counts[0] == 0
+        assert counts[-1] > 6
+        page.get_by_role("button", name="Draw 1,200").click()
+        assert "of 1,212 dead" in page.locator(".rb-numbers").inner_text()
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESK])
+def test_the_page_does_not_jump_when_the_script_arrives(browser, address, viewport):
+    with Visit(browser, address, f"{KILL}.html", viewport=viewport) as visit:
+        shift = visit.page.evaluate(
+            """() => new Promise((done) => { let sum = 0;
+                new PerformanceObserver((list) => { for (const e of list.getEntries())
+                  if (e.sources.some((s) => s.node?.closest?.('.rb-explorable')))
+                    sum += e.value; })
+                  .observe({ type: 'layout-shift', buffered: true });
+                setTimeout(() => done(sum), 300); })"""
+        )
+        assert shift < 0.1
