@@ -8,6 +8,7 @@ is the sentence that stands beside the picture, and instead of it in Colab. A sc
 
 import html
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +23,13 @@ from sphinx.util.docutils import SphinxDirective
 
 BOOK = Path(__file__).resolve().parents[1]
 SCRIPTS = BOOK / "_static" / "explorables"
-TITLES = {"kill-a-unit": "Kill a unit", "born-dead": "Born dead"}
+TITLES = {
+    "kill-a-unit": "Kill a unit",
+    "born-dead": "Born dead",
+    "the-map": "The map: dead units by learning rate",
+}
+RESULTS = {"born-dead": "born-dead", "the-map": "rate-map"}
+"""The stored result that a figure draws."""
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -45,8 +52,29 @@ def born_dead() -> dict[str, Any]:
     return {"networks": 1000 * seeds, "dead": dead}
 
 
-DATA: dict[str, Callable[[], dict[str, Any]]] = {"born-dead": born_dead}
-"""What a figure draws of the stored results; it lies beside ``results/NAME.json``."""
+def the_map() -> dict[str, Any]:
+    """Return dead units and right answers of every stored network, as whole numbers.
+
+    By optimizer and data: for each rate a list of the networks' counts, None where one overflowed.
+    """
+    result, units, images = stored("rate-map"), 32, 359
+    cells: dict[str, Any] = {}
+
+    def counts(values: list[float], of: int) -> list[int | None]:
+        return [None if math.isnan(value) else round(value * of) for value in values]
+
+    for cell in result["cells"]:
+        at, measured = cell["at"], cell["measured"]
+        kept = cells.setdefault(at["optimizer"], {}).setdefault(at["data"], {})
+        for name, of in (("layer1", units), ("layer2", units), ("accuracy", images)):
+            kept.setdefault(name, []).append(counts(measured[name], of))
+    rates, networks = result["grid"]["rate"], len(cells["SGD"]["centered"]["accuracy"][0])
+    sizes = {"units": units, "images": images, "networks": networks}
+    return {"rates": rates, **sizes, "cells": cells}
+
+
+DATA: dict[str, Callable[[], dict[str, Any]]] = {"born-dead": born_dead, "the-map": the_map}
+"""What a figure draws of its stored result."""
 
 
 def data(name: str) -> str:
@@ -67,9 +95,10 @@ def figure(env: Any, name: str, *, compact: bool = False) -> explorable:
     if name not in TITLES:
         raise ExtensionError(f"{env.docname}: no explorable {name!r}, only {', '.join(TITLES)}")
     still = SCRIPTS / f"{name}.html"
-    for path in (Path(__file__), still, BOOK / "results" / f"{name}.json"):
-        if path.exists():  # a missing one would make Sphinx read the page again every time
-            env.note_dependency(str(path))
+    for path in (Path(__file__), still):
+        env.note_dependency(str(path))
+    if name in RESULTS:
+        env.note_dependency(str(BOOK / "results" / f"{RESULTS[name]}.json"))
     return explorable(name=name, compact=compact, still=still.read_text(encoding="utf-8"))
 
 

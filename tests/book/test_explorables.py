@@ -13,10 +13,11 @@ from scipy.stats import binomtest
 from visits import DESK, PHONE, Visit
 
 from relubook.chapters.born_dead import lower_bound, upper_bound
+from relubook.evidence.results import load
 
 ROOT = Path(__file__).resolve().parents[2]
-KILL, BORN = "book/how-units-die", "book/born-dead"
-PAGES = {"kill-a-unit": [KILL], "born-dead": [BORN]}
+KILL, BORN, MAP = "book/how-units-die", "book/born-dead", "book/learning-rate-and-optimizer"
+PAGES = {"kill-a-unit": [KILL], "born-dead": [BORN], "the-map": [MAP]}
 
 pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site")]
 
@@ -172,6 +173,29 @@ def test_born_dead_agrees_with_the_book(model):
             ) == pytest.approx(upper_bound(width, depth), abs=1e-12)
 
 
+def test_the_map_draws_what_is_stored(model):
+    stored = load("rate-map")
+    data = json.loads(explorables.data("the-map"))
+    layers = {"both layers": "died", "layer 1": "layer1", "layer 2": "layer2"}
+    for at in stored.cells:
+        optimizer, way, rate = at
+        for shown, name in layers.items():
+            cell = model.evaluate(
+                "([d, o, w, k, l]) => relubook.theMap.cell(d, o, w, k, relubook.theMap.layers[l])",
+                [data, optimizer, way, stored.grid["rate"].index(rate), shown],
+            )
+            for mine, theirs in ((cell["dead"], name), (cell["accuracy"], "accuracy")):
+                mine = [math.nan if value is None else value for value in mine]
+                assert mine == pytest.approx(stored.cells[at][theirs], abs=1e-5, nan_ok=True)
+    values = [0.3, None, 0.1, 0.2, 0.9]
+    summary = model.evaluate("v => relubook.theMap.summary(v)", values)
+    kept = torch.tensor([0.3, 0.1, 0.2, 0.9], dtype=torch.float64)
+    assert summary["n"] == 4
+    assert summary["mean"] == pytest.approx(kept.mean().item())
+    quartiles = kept.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    assert [summary["low"], summary["high"]] == pytest.approx(quartiles)
+
+
 # ---- the stills and the pages ------------------------------------------------------------------
 
 
@@ -194,7 +218,7 @@ def test_scripts_load_only_where_they_are_used(site):
     assert {name: sorted(pages) for name, pages in found.items()} == PAGES
 
 
-@pytest.mark.parametrize("page", [KILL, BORN])
+@pytest.mark.parametrize("page", [KILL, BORN, MAP])
 def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page):
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()
@@ -206,7 +230,7 @@ def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page)
     context.close()
 
 
-@pytest.mark.parametrize("page", [KILL, BORN])
+@pytest.mark.parametrize("page", [KILL, BORN, MAP])
 def test_figures_run_from_a_file(browser, site, page):
     context = browser.new_context()
     opened = context.new_page()
@@ -237,7 +261,7 @@ def test_a_reader_kills_a_unit_and_centering_saves_it_by_keyboard_alone(browser,
         assert not visit.errors
 
 
-@pytest.mark.parametrize("where", [KILL, BORN])
+@pytest.mark.parametrize("where", [KILL, BORN, MAP])
 def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, where):
     with Visit(browser, address, f"{where}.html") as visit:
         figure = visit.page.locator(".rb-explorable")
@@ -275,6 +299,19 @@ def test_more_depth_never_revives(browser, address):
         assert counts[-1] > 6
         page.get_by_role("button", name="Draw 1,200").click()
         assert "of 1,212 dead" in page.locator(".rb-numbers").inner_text()
+
+
+def test_the_map_answers_a_choice(browser, address):
+    with Visit(browser, address, f"{MAP}.html") as visit:
+        said = visit.page.locator(".rb-explorable [role=status]")
+        assert said.inner_text().startswith("SGD at 0.56: as they come, ")
+        visit.page.get_by_label("Optimizer", exact=True).select_option("Adam")
+        visit.page.get_by_label("Learning rate", exact=True).fill("0")
+        assert said.inner_text().startswith("Adam at 0.00056: as they come, ")
+        dots = visit.page.locator(".rb-way-dots").evaluate_all(
+            "all => all.map(p => p.getAttribute('d'))"
+        )
+        assert [path.count("M") for path in dots] == [18 * 40] * 4
 
 
 @pytest.mark.parametrize("viewport", [PHONE, DESK])
