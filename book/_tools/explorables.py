@@ -26,6 +26,7 @@ SCRIPTS = BOOK / "_static" / "explorables"
 TITLES = {
     "kill-a-unit": "Kill a unit",
     "born-dead": "Born dead",
+    "bend-a-line": "Bend a line",
     "the-map": "The map: dead units by learning rate",
 }
 RESULTS = {"born-dead": "born-dead", "the-map": "rate-map"}

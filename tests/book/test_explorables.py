@@ -17,7 +17,8 @@ from relubook.evidence.results import load
 
 ROOT = Path(__file__).resolve().parents[2]
 KILL, BORN, MAP = "book/how-units-die", "book/born-dead", "book/learning-rate-and-optimizer"
-PAGES = {"kill-a-unit": [KILL], "born-dead": [BORN], "the-map": [MAP]}
+BEND = "book/sparsity-and-expressivity"
+PAGES = {"kill-a-unit": [KILL], "born-dead": [BORN], "the-map": [MAP], "bend-a-line": [BEND]}
 
 pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site")]
 
@@ -176,17 +177,19 @@ def test_born_dead_agrees_with_the_book(model):
 def test_the_map_draws_what_is_stored(model):
     stored = load("rate-map")
     data = json.loads(explorables.data("the-map"))
-    layers = {"both layers": "died", "layer 1": "layer1", "layer 2": "layer2"}
+    layers = {"layer 1": ["layer1"], "layer 2": ["layer2"], "both layers": ["layer1", "layer2"]}
     for at in stored.cells:
         optimizer, way, rate = at
-        for shown, name in layers.items():
+        for shown, names in layers.items():
+            kept = [stored.cells[at][name] for name in names]
+            dead = [sum(shares) / len(names) for shares in zip(*kept, strict=True)]
             cell = model.evaluate(
                 "([d, o, w, k, l]) => relubook.theMap.cell(d, o, w, k, relubook.theMap.layers[l])",
                 [data, optimizer, way, stored.grid["rate"].index(rate), shown],
             )
-            for mine, theirs in ((cell["dead"], name), (cell["accuracy"], "accuracy")):
-                mine = [math.nan if value is None else value for value in mine]
-                assert mine == pytest.approx(stored.cells[at][theirs], abs=1e-5, nan_ok=True)
+            mine = [math.nan if value is None else value for value in cell["dead"]]
+            assert mine == pytest.approx(dead, abs=1e-5, nan_ok=True)
+            assert cell["accuracy"] == pytest.approx(stored.cells[at]["accuracy"], abs=1e-5)
     values = [0.3, None, 0.1, 0.2, 0.9]
     summary = model.evaluate("v => relubook.theMap.summary(v)", values)
     kept = torch.tensor([0.3, 0.1, 0.2, 0.9], dtype=torch.float64)
@@ -194,6 +197,34 @@ def test_the_map_draws_what_is_stored(model):
     assert summary["mean"] == pytest.approx(kept.mean().item())
     quartiles = kept.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
     assert [summary["low"], summary["high"]] == pytest.approx(quartiles)
+
+
+CORNERS = ([0.0], [-0.6, 0.0, 0.6], [-0.98, -0.96, 0.5, 0.52, 0.54, 0.98])
+
+
+@pytest.mark.parametrize("corners", CORNERS)
+def test_a_bent_line_is_the_best_sum_of_relus(model, corners):
+    grid = torch.tensor(model.evaluate("relubook.bendALine.grid"), dtype=torch.float64)
+    basis = torch.stack([grid**0, grid + 1, *((grid - c).relu() for c in corners)], 1)
+    for name in model.evaluate("relubook.bendALine.curves"):
+        ask = "([n, c]) => relubook.bendALine.outcome(n, c, 'ReLUs')"
+        mine = model.evaluate(ask, [name, corners])
+        values = "([n, xs]) => xs.map(x => relubook.bendALine.value(n, x))"
+        curve = torch.tensor(model.evaluate(values, [name, grid.tolist()]), dtype=torch.float64)
+        best = basis @ torch.linalg.lstsq(basis, curve[:, None], driver="gelsd").solution[:, 0]
+        drawn = torch.tensor(mine["values"], dtype=torch.float64)
+        torch.testing.assert_close(drawn, best, rtol=0, atol=1e-9)
+        assert mine["error"] == pytest.approx((best - curve).abs().max().item(), abs=1e-9)
+        assert mine["pieces"] == len(corners) + 1
+
+
+def test_tangents_of_a_parabola_are_off_by_one_over_k_squared(model):
+    for k in (1, 2, 4, 5, 10):
+        places = [-1 + (2 * j + 1) / k for j in range(k)]
+        ask = "p => relubook.bendALine.outcome('a bowl', p, 'a maximum of lines')"
+        mine = model.evaluate(ask, places)
+        assert mine["error"] == pytest.approx(1.6 / k**2, abs=1e-12)
+        assert mine["pieces"] == k
 
 
 # ---- the stills and the pages ------------------------------------------------------------------
@@ -218,7 +249,7 @@ def test_scripts_load_only_where_they_are_used(site):
     assert {name: sorted(pages) for name, pages in found.items()} == PAGES
 
 
-@pytest.mark.parametrize("page", [KILL, BORN, MAP])
+@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND])
 def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page):
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()
@@ -230,7 +261,7 @@ def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page)
     context.close()
 
 
-@pytest.mark.parametrize("page", [KILL, BORN, MAP])
+@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND])
 def test_figures_run_from_a_file(browser, site, page):
     context = browser.new_context()
     opened = context.new_page()
@@ -261,7 +292,7 @@ def test_a_reader_kills_a_unit_and_centering_saves_it_by_keyboard_alone(browser,
         assert not visit.errors
 
 
-@pytest.mark.parametrize("where", [KILL, BORN, MAP])
+@pytest.mark.parametrize("where", [KILL, BORN, MAP, BEND])
 def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, where):
     with Visit(browser, address, f"{where}.html") as visit:
         figure = visit.page.locator(".rb-explorable")
@@ -299,6 +330,30 @@ def test_more_depth_never_revives(browser, address):
         assert counts[-1] > 6
         page.get_by_role("button", name="Draw 1,200").click()
         assert "of 1,212 dead" in page.locator(".rb-numbers").inner_text()
+
+
+def test_a_reader_bends_the_line_closer(browser, address):
+    with Visit(browser, address, f"{BEND}.html") as visit:
+        page, said = visit.page, visit.page.locator(".rb-explorable [role=status]")
+        assert said.inner_text().startswith("3 ReLUs, 4 pieces: at worst")
+
+        def off():
+            return float(re.search(r"it is ([\d.]+) away", said.inner_text())[1])
+
+        before = off()
+        for _ in range(7):
+            page.get_by_role("button", name="Add one").click()
+        assert said.inner_text().startswith("10 ReLUs, 11 pieces")
+        assert off() < before / 3
+        corner = page.get_by_role("slider", name="corner 1", exact=True)
+        place = corner.get_attribute("aria-valuetext")
+        corner.focus()
+        page.keyboard.press("ArrowRight")
+        assert corner.get_attribute("aria-valuetext") != place
+        page.get_by_label("Built of", exact=True).select_option("a maximum of lines")
+        assert said.inner_text().startswith("The largest of 10 lines, 10 pieces")
+        page.get_by_label("Curve", exact=True).select_option("a wave")
+        assert "only bends upwards" in said.inner_text()
 
 
 def test_the_map_answers_a_choice(browser, address):

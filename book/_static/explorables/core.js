@@ -53,6 +53,15 @@
     return control;
   };
 
+  /** A labelled choice among names. */
+  rb.choice = (label, options, value, change) => {
+    const id = rb.id("choice");
+    const select = rb.html("select", { id, class: "rb-button", onchange: () => change(select.value) },
+      ...options.map((name) => rb.html("option", { value: name, text: name, selected: name === value })));
+    const node = rb.html("div", { class: "rb-choice" }, rb.html("label", { for: id, text: label }), select);
+    return { node, select };
+  };
+
   /** Call `tick(count)` about `rate` times a second while on screen; `tick` returns false to stop. */
   rb.player = (node, rate, tick, changed) => {
     let frame = 0, last = 0, owed = 0, seen = true;

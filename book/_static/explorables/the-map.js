@@ -89,12 +89,6 @@
 
     const sentence = rb.html("span", { role: "status" });
     const numbers = rb.html("p", { class: "rb-numbers" });
-    const choice = (label, options, value, change) => {
-      const id = rb.id("choice");
-      const select = rb.html("select", { id, class: "rb-button", onchange: () => { change(select.value); draw(); } },
-        ...options.map((name) => rb.html("option", { value: name, text: name, selected: name === value })));
-      return rb.html("div", { class: "rb-choice" }, rb.html("label", { for: id, text: label }), select);
-    };
     const slider = rb.slider({ label: "Learning rate", min: 0, max: rates.length - 1, step: 1, value: rate,
       to: (k) => k, format: (k) => `${rates[k]}`, change: (k) => { rate = k; draw(); } });
     const key = rb.html("p", { class: "rb-key" },
@@ -106,8 +100,8 @@
       rb.html("div", { class: "rb-panels" }, panel("Dead units", charts.dead.picture), panel("Test accuracy", charts.accuracy.picture)),
       rb.html("div", { class: "rb-words" }, rb.html("p", { class: "rb-state" }, sentence), numbers),
       rb.html("div", { class: "rb-side" },
-        choice("Optimizer", Object.keys(data.cells), optimizer, (v) => { optimizer = v; }),
-        choice("Dead in", Object.keys(LAYERS), layers, (v) => { layers = v; }),
+        rb.choice("Optimizer", Object.keys(data.cells), optimizer, (v) => { optimizer = v; draw(); }).node,
+        rb.choice("Dead in", Object.keys(LAYERS), layers, (v) => { layers = v; draw(); }).node,
         rb.html("div", { class: "rb-sliders rb-wide" }, slider.node)),
       key);
     draw();
