@@ -1,12 +1,10 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
@@ -43,7 +41,7 @@ class _Count:
     def begin(self) -> None:
         """Start a pass."""
         self.seen = 0
-        self.mixed = False
+        self.mixed = False  # whether a call's inputs cannot be told apart
         self.reached: Tensor | None = None  # by input of the batch
         self.fired_now: Tensor | None = None  # by input of the batch and unit
 
@@ -64,19 +62,20 @@ class _Count:
     def end(self, batch_size: int) -> None:
         """Close a pass over one batch."""
         self.observations += self.seen
-        if self.seen and (self.mixed or self.reached is None or self.fired_now is None):
+        if self.mixed:
             self.inputs += min(batch_size, self.seen)
             self.fired_inputs = None
-        elif self.seen and not self.site.data:  # the same in every pass
-            self.inputs = 1
-            self.fired_inputs = (self.fired > 0).long()
         elif self.reached is not None and self.fired_now is not None:
-            self.inputs += int(self.reached.sum())
-            if self.fired_inputs is not None:
-                self.fired_inputs += self.fired_now.sum(0)
+            if not self.site.data:  # the same in every pass
+                self.inputs = 1
+                self.fired_inputs = (self.fired > 0).long()
+            else:
+                self.inputs += int(self.reached.sum())
+                if self.fired_inputs is not None:
+                    self.fired_inputs += self.fired_now.sum(0)
         self.begin()
 
-    def report(self, name: str, smooth: bool, dormant_threshold: float) -> SiteReport:
+    def report(self, name: str, smooth: bool) -> SiteReport:
         """Return the site's report, with scores if smooth members were asked for."""
         site = self.site
         score = self.magnitude.cpu() / max(self.observations, 1)
@@ -89,7 +88,6 @@ class _Count:
             producer=site.producer,
             unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
             score=score if smooth else None,
-            dormant_threshold=dormant_threshold,
             silences=site.kind.silences,
             location=site.location,
             **tree_map_only(Tensor, Tensor.cpu, held),
@@ -102,23 +100,18 @@ class _Counter(SiteFinder):
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
         self.counts: dict[tuple[Any, ...], _Count] = {}
-        self.order: list[tuple[Any, ...]] = []
-        self._last = -1
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
         count = self.counts.get(site.key)
         if count is None:
             count = self.counts[site.key] = _Count(site, x)
-            alike = (k for k, key in enumerate(self.order) if key[0] == site.key[0])
-            self.order.insert(max([self._last, *alike]) + 1, site.key)
         elif count.fired.numel() != site.units:
             raise ValueError(
                 f"{self.name_of(site.key)} had {count.fired.numel()} units before and has "
                 f"{site.units} now (input of shape {tuple(x.shape)}): its unit_dim cannot be the "
                 "one of its units; pass unit_dim={name: dimension}"
             )
-        self._last = self.order.index(site.key)
         count.calls += 1
         if x.numel():
             count.seen += x.numel() // site.units
@@ -139,7 +132,6 @@ class _Counter(SiteFinder):
         """Close the pass over one batch."""
         for count in self.counts.values():
             count.end(self.batch_size)
-        self._last = -1
 
 
 def diagnose(
@@ -152,9 +144,7 @@ def diagnose(
     family: Literal["rectifiers", "all"] = "rectifiers",
     unit_dim: int | Mapping[str, int | None] | None = None,
     batch_dim: int = 0,
-    nonfinite: Literal["raise", "skip", "keep"] = "raise",
-    dormant_threshold: float = 0.025,
-    device: torch.device | str | None = None,
+    nonfinite: Literal["raise", "keep"] = "raise",
 ) -> Report:
     """Count on how many inputs each unit of each rectifier fires, in one pass over the data.
 
@@ -181,7 +171,8 @@ def diagnose(
         model: Any module. It runs without gradients.
         data: Iterable of batches: a tensor; a tuple or list whose first element is the input (a
             tensor, or a mapping of keyword arguments); or a mapping of keyword arguments. A
-            single tensor or mapping is one batch. With ``forward``, anything.
+            single tensor or mapping is one batch. With ``forward``, anything. It is moved to the
+            model's device, if it has one only.
         mode: ``"train"`` or ``"eval"``. Default: as the model is.
         forward: ``forward(model, batch)`` runs the model, for batches of any other kind.
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
@@ -193,11 +184,8 @@ def diagnose(
             or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
             a site out.
         batch_dim: Dimension of the inputs along which they are batched.
-        nonfinite: What to do with a batch that holds NaN or infinity: ``"raise"``; ``"skip"`` it
-            and list it in ``Report.skipped``; or ``"keep"`` it, as attention masks need.
-        dormant_threshold: Largest score of a dormant unit (Sokar et al. 2023,
-            https://arxiv.org/abs/2302.12902).
-        device: Where to move the batches. Default: to the model's device, if it has one only.
+        nonfinite: What to do with a batch that holds NaN or infinity: ``"raise"``, or ``"keep"``
+            it, as attention masks need.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
@@ -219,97 +207,77 @@ def diagnose(
         >>> report["1"].fired.shape, report["1"].inputs
         (torch.Size([4]), 80)
     """
-    _check_options(model, mode, family, nonfinite)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    for name, value, allowed in (
+        ("mode", mode, (None, "train", "eval")),
+        ("family", family, ("rectifiers", "all")),
+        ("nonfinite", nonfinite, ("raise", "keep")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
     counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
     inner = unwrapped(model)
+    call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    target = torch.device(device) if device is not None else None
-    target = devices.pop() if device is None and len(devices) == 1 else target
-    skipped: list[int] = []
+    device = devices.pop() if len(devices) == 1 else None
     inputs = done = 0
-    index, example = -1, None
+    example = None
     with undisturbed(model):
         if mode is not None:
             model.train(mode == "train")
         try:
             counter.attach()
             for index, batch in enumerate(_batches(data)):
-                given = batch if forward is not None else _model_input(batch, index, inner)
+                given = batch if forward is not None else _model_input(batch, index)
                 size = _size(batch, given, index, batch_dim, count)
-                if nonfinite != "keep" and not _finite(given):
-                    if nonfinite == "raise":
-                        raise ValueError(
-                            f"batch {index} holds NaN or infinity; pass nonfinite='skip' to leave "
-                            "such batches out, or nonfinite='keep' if they are meant"
-                        )
-                    skipped.append(index)
-                    continue
+                if nonfinite == "raise" and not _finite(given):
+                    raise ValueError(
+                        f"batch {index} holds NaN or infinity; leave it out, or pass "
+                        "nonfinite='keep' if that is meant"
+                    )
                 example = given if forward is None and not done else example
-                given = _moved(given, target)
+                given = _moved(given, device)
                 counter.begin(size, given)
                 try:
                     with counter:
-                        if forward is not None:
-                            forward(model, given)
-                        elif isinstance(given, Mapping):
-                            inner(**given)
-                        else:
-                            inner(given)
+                        call(model, given)
                 except Exception as error:
-                    error.add_note(f"relubook.diagnose was running the model on batch {index}")
+                    error.add_note(
+                        f"relubook.diagnose was running the model on batch {index}; "
+                        "forward=lambda model, batch: ... runs it in another way"
+                    )
                     raise
                 counter.end()
                 inputs += size
                 done += 1
         finally:
             counter.detach()
-    if index < 0 and isinstance(data, Iterator):
-        raise ValueError("data is an exhausted iterator: pass a list or a DataLoader instead")
-    if index < 0:
-        raise ValueError("data holds no batch: the verdict would rest on nothing")
     if not done:
-        raise ValueError(f"every batch held NaN or infinity: {skipped}")
+        raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
     notes = _notes(counter)
-    if not counter.order:
+    if not counter.counts:
         if counter.ambiguous:
             raise AmbiguousUnitsError(notes[0])
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
     sites = [
-        counter.counts[key].report(counter.name_of(key), counter.smooth, dormant_threshold)
-        for key in counter.order
+        tally.report(counter.name_of(key), counter.smooth) for key, tally in counter.counts.items()
     ]
-    return Report(sites, inputs, done, skipped, notes, example)
-
-
-def _check_options(model: Any, mode: Any, family: Any, nonfinite: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    for name, value, allowed in (
-        ("mode", mode, (None, "train", "eval")),
-        ("family", family, ("rectifiers", "all")),
-        ("nonfinite", nonfinite, ("raise", "skip", "keep")),
-    ):
-        if value not in allowed:
-            choices = ", ".join(map(repr, allowed))
-            raise ValueError(f"{name} must be one of {choices}, not {value!r}")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise ValueError(f"{name} is lazy, without values: run the model on one batch first")
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device, without values: load the model first")
+    return Report(sites, inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:
-    if isinstance(data, Tensor | Mapping | PackedSequence):
+    if isinstance(data, Tensor | Mapping):
         return [data]
-    kind = type(data).__name__
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise TypeError(f"data is a {kind}, whose items are single: wrap it in a DataLoader")
-    if hasattr(data, "__array__"):
-        raise TypeError(f"data is a {kind}, not a tensor: convert it by torch.as_tensor")
-    sequence = isinstance(data, Iterable) or hasattr(data, "__getitem__")
-    if isinstance(data, str | bytes) or not sequence:
-        raise TypeError(f"data is a {kind}, not an iterable of batches such as a DataLoader")
+    items = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    if items or isinstance(data, str) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data is a {type(data).__name__}, not an iterable of batches; if it is a data set, "
+            "wrap it in a DataLoader"
+        )
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         alike = len({(x.ndim, x.dtype) for x in data}) == 1
         if not alike or (isinstance(data, tuple) and len(data) == 2):
@@ -320,44 +288,25 @@ def _batches(data: Any) -> Iterable[Any]:
     return data
 
 
-def _model_input(batch: Any, index: int, model: nn.Module) -> Any:
-    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
-        if not batch:
-            raise TypeError(f"batch {index} is an empty {type(batch).__name__}")
-        batch = batch[0]
-    if isinstance(batch, Tensor | PackedSequence):
-        return batch
-    if not isinstance(batch, Mapping):
-        convert = "convert it by torch.as_tensor, or " if hasattr(batch, "__array__") else ""
-        raise TypeError(
-            f"batch {index}: the input is a {type(batch).__name__}, not a tensor or a mapping of "
-            f"keyword arguments; {convert}pass forward=lambda model, batch: ... to run it"
-        )
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # a scripted module
-        return dict(batch)
-    try:
-        signature.bind(**batch)
-    except TypeError as error:
-        raise TypeError(
-            f"batch {index} holds {', '.join(map(repr, batch))}, but the model's forward {error}; "
-            "pass forward=lambda model, batch: ... to hand over what it takes"
-        ) from None
-    return dict(batch)
+def _model_input(batch: Any, index: int) -> Any:
+    given = batch[0] if type(batch) in (tuple, list) and batch else batch
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, Mapping):
+        return dict(given)
+    raise TypeError(
+        f"batch {index}: the input is a {type(given).__name__}, not a tensor or a mapping of "
+        "keyword arguments; convert it, or pass forward=lambda model, batch: ... to run it"
+    )
 
 
 def _size(
     batch: Any, given: Any, index: int, batch_dim: int, count: Callable[[Any], int] | None
 ) -> int:
-    tensors = list(tensors_in(given))
-    if any(tensor.is_meta for tensor in tensors):
-        raise ValueError(f"batch {index} is on the meta device and has no values")
     if count is not None:
         size = int(count(batch))
-    elif isinstance(given, PackedSequence):
-        size = int(given.batch_sizes[0])
     else:
+        tensors = tensors_in(given)
         sizes = {x.shape[batch_dim] for x in tensors if -x.ndim <= batch_dim < x.ndim}
         sizes = sizes - {1} or sizes  # one row, such as position ids, serves all inputs
         if len(sizes) != 1:
@@ -393,7 +342,7 @@ def _moved(value: Any, device: torch.device | None) -> Any:
 def _notes(counter: _Counter) -> list[str]:
     """Return what could not be seen, or was left out, sites of unknown units first."""
     notes, ambiguous = [], counter.ambiguous
-    names = {key: counter.name_of(key) for key in counter.order}
+    names = {key: counter.name_of(key) for key in counter.counts}
     given = counter.unit_dim if isinstance(counter.unit_dim, Mapping) else {}
     if unknown := [name for name in given if name not in counter.used_overrides]:
         sites = ", ".join([*names.values(), *ambiguous]) or "none"

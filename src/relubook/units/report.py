@@ -22,6 +22,8 @@ LOOKS = {
 }
 """Color and hatch of each state; each unit of a rectifier is in exactly one of them."""
 STATES = tuple(LOOKS)
+DORMANT = 0.025
+"""Largest score of a dormant unit (Sokar et al. 2023, https://arxiv.org/abs/2302.12902)."""
 
 S = TypeVar("S", bound=Any)
 
@@ -64,14 +66,14 @@ def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def silence_bound(inputs: int, confidence: float = 0.95) -> float:
-    """Bound the firing rate of a unit that was silent on n independent inputs.
+def silence_bound(inputs: int) -> float:
+    """Bound the firing rate of a unit that was silent on n independent inputs, with 95% confidence.
 
-    The exact one-sided bound for no success in n trials, about 3/n at 95%: the rate p at which
-    ``(1 - p) ** n == 1 - confidence`` (Clopper and Pearson 1934,
-    https://doi.org/10.1093/biomet/26.4.404). Positions of one input do not count; 1 for no input.
+    The exact one-sided bound for no success in n trials, about 3/n: the rate p at which
+    ``(1 - p) ** n == 0.05`` (Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404).
+    Positions of one input do not count; 1 for no input.
     """
-    return 1.0 if inputs < 1 else 1.0 - (1.0 - confidence) ** (1.0 / inputs)
+    return 1.0 if inputs < 1 else 1.0 - 0.05 ** (1.0 / inputs)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,7 +95,7 @@ class SiteReport:
         peak: Largest pre-activation.
         nonfinite: ``bool``: some pre-activation was NaN or infinite, which is no silence.
         score: Mean absolute output over its mean across the layer; ``None`` unless
-            ``family="all"``. A unit with a score up to ``dormant_threshold`` is dormant.
+            ``family="all"``.
         silences: Whether the function can be silent; else no unit is ever dead.
         shape: Shape of the rectifier's input when the site was first reached.
         location: ``"file.py:12"``, the line of the model that made the call, if known.
@@ -111,7 +113,6 @@ class SiteReport:
     peak: Tensor
     nonfinite: Tensor
     score: Tensor | None = None
-    dormant_threshold: float = 0.025
     silences: bool = True
     shape: tuple[int, ...] = ()
     location: str | None = None
@@ -127,13 +128,25 @@ class SiteReport:
         """Share of the observations on which each unit fired, ``float64``, shape (units,)."""
         return self.fired.double() / max(self.observations, 1)
 
-    def _judged(self, mask: Tensor) -> Tensor:
-        return mask & ~self.nonfinite if self.silences else torch.zeros_like(self.nonfinite)
+    @property
+    def state(self) -> Tensor:
+        """Place in ``STATES`` of the state of each unit, ``int64``, shape (units,)."""
+        dead, rare, mixed, always_on, nonfinite = range(len(STATES))
+        state = torch.full_like(self.fired, mixed)
+        if self.silences:
+            seldom = self.fired < RARE * self.observations
+            if self.fired_inputs is not None:
+                seldom = self.fired_inputs < RARE * self.inputs
+            state[seldom] = rare
+            state[self.fired == self.observations] = always_on
+            state[self.fired == 0] = dead
+        state[self.nonfinite] = nonfinite
+        return state
 
     @property
     def dead(self) -> Tensor:
         """Units silent on every observation, ``bool``, shape (units,)."""
-        return self._judged(self.fired == 0)
+        return self.state == STATES.index("dead")
 
     @property
     def rare(self) -> Tensor:
@@ -141,25 +154,22 @@ class SiteReport:
 
         Where ``fired_inputs`` is ``None``, on fewer than 1% of the observations.
         """
-        few = self.fired < RARE * self.observations
-        if self.fired_inputs is not None:
-            few = self.fired_inputs < RARE * self.inputs
-        return self._judged(few & (self.fired > 0) & ~self.always_on)
+        return self.state == STATES.index("rare")
 
     @property
     def always_on(self) -> Tensor:
         """Units that were never silent, so that they act linearly, ``bool``, shape (units,)."""
-        return self._judged(self.fired == self.observations)
+        return self.state == STATES.index("always on")
 
     @property
     def mixed(self) -> Tensor:
         """Units in none of the other states, ``bool``, shape (units,)."""
-        return ~(self.dead | self.rare | self.always_on | self.nonfinite)
+        return self.state == STATES.index("mixed")
 
     @property
     def dormant(self) -> Tensor | None:
-        """Units with a score up to the threshold, ``bool``, shape (units,); ``None`` unscored."""
-        return None if self.score is None else self.score <= self.dormant_threshold
+        """Units with a score up to 0.025, ``bool``, shape (units,); ``None`` unscored."""
+        return None if self.score is None else self.score <= DORMANT
 
     @property
     def upper_bound(self) -> Tensor:
@@ -180,14 +190,10 @@ class SiteReport:
         """Whether all units are dead; the network is then constant behind the site."""
         return self.units > 0 and bool(self.dead.all())
 
-    def masks(self) -> dict[str, Tensor]:
-        """Return the units in each state, by the names of ``STATES``."""
-        masks = (self.dead, self.rare, self.mixed, self.always_on, self.nonfinite)
-        return dict(zip(STATES, masks, strict=True))
-
     def counts(self) -> dict[str, int]:
         """Return how many units are in each state, by the names of ``STATES``."""
-        return {state: int(mask.sum()) for state, mask in self.masks().items()}
+        counts = self.state.bincount(minlength=len(STATES))
+        return dict(zip(STATES, counts.tolist(), strict=True))
 
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in self.counts().items() if count)
@@ -201,10 +207,9 @@ class Report(SiteListing[SiteReport]):
     """What ``diagnose`` found: a table where printed; ``report["name"]``, ``report[0]`` are a site.
 
     Attributes:
-        sites: One :class:`SiteReport` per rectifier, in execution order.
+        sites: One :class:`SiteReport` per rectifier, in the order of their first calls.
         inputs: Number of inputs the model saw.
         batches: Number of batches it saw.
-        skipped: Indices of batches that were left out because they held NaN or infinity.
         notes: What could not be seen, or was left out on purpose, in words.
         example: The input of the first batch, as it was given; ``None`` with ``forward=``.
     """
@@ -212,7 +217,6 @@ class Report(SiteListing[SiteReport]):
     sites: list[SiteReport]
     inputs: int = 0
     batches: int = 0
-    skipped: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     example: Any = None
 
@@ -240,17 +244,16 @@ class Report(SiteListing[SiteReport]):
         """
         if not 0 <= max_dead <= 1:
             raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
-        faults = [f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"]
+        faults = []
         for site in self.sites:
-            counts = site.counts()
-            dead = f"{counts['dead']} of {site.units} units dead"
-            if site.dead_fraction > max_dead:
-                whole = ", the whole layer" if site.dead_layer else ""
-                faults.append(f"{site.name}: {dead}{whole} (n = {site.inputs:,} inputs)")
-            if counts["non-finite"]:
-                faults.append(f"{site.name}: {counts['non-finite']} units non-finite")
-        if len(faults) > 1:
-            raise AssertionError("\n  ".join(faults))
+            counts, whole = site.counts(), ", the whole layer" if site.dead_layer else ""
+            if site.dead_fraction > max_dead or counts["non-finite"]:
+                dead = f"{counts['dead']} of {site.units} units dead{whole}"
+                rest = f"{counts['non-finite']} non-finite (n = {site.inputs:,} inputs)"
+                faults.append(f"\n  {site.name}: {dead}, {rest}")
+        if faults:
+            head = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
+            raise AssertionError(head + "".join(faults))
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.
@@ -262,10 +265,9 @@ class Report(SiteListing[SiteReport]):
         names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
         frames = []
         for site in self.sites:
-            states = torch.stack(list(site.masks().values())).int().argmax(0)
             columns: dict[str, Any] = {"site": site.name, "kind": site.kind}
             columns |= {"producer": site.producer, "unit": range(site.units)}
-            columns["state"] = [STATES[state] for state in states.tolist()]
+            columns["state"] = [STATES[state] for state in site.state.tolist()]
             for name in (*names, "score"):
                 value = getattr(site, name)
                 columns[name] = value.tolist() if isinstance(value, Tensor) else value
@@ -283,8 +285,8 @@ class Report(SiteListing[SiteReport]):
             size = (5.2, 1.3 + 0.3 * len(self.sites))
             pyplot = require("matplotlib.pyplot", "figures")
             axes = pyplot.subplots(figsize=size, layout="constrained")[1]
-        shares = torch.tensor([list(site.counts().values()) for site in self.sites]).double()
-        shares /= shares.sum(1, keepdim=True).clamp(min=1)
+        counts = torch.tensor([list(site.counts().values()) for site in self.sites])
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         left = shares.cumsum(1) - shares
         for k, (state, (color, hatch)) in enumerate(LOOKS.items()):
             if shares[:, k].any():
@@ -333,8 +335,6 @@ class Report(SiteListing[SiteReport]):
                 f"n = {fewest:,} independent inputs bounds a unit's firing rate by "
                 f"{silence_bound(fewest):.2%} (95%)."
             )
-        if self.skipped:
-            remarks.append(f"Left out for NaN or infinity: batches {self.skipped}.")
         return remarks + self.notes
 
     def __repr__(self) -> str:
