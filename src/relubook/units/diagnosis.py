@@ -1,6 +1,7 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,75 +24,23 @@ from relubook.units.sites import (
 __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_bound"]
 
 
-class _Count:
-    """Running counts of one site."""
+@dataclass
+class _Pass:
+    """One pass over one batch, at one site.
 
-    def __init__(self, site: Site, x: Tensor) -> None:
-        self.site = site
-        self.shape = tuple(x.shape)
-        self.calls = self.inputs = self.observations = 0
-        self.fired = torch.zeros(site.units, dtype=torch.int64, device=x.device)
-        self.fired_inputs: Tensor | None = torch.zeros_like(self.fired)
-        self.nonfinite = torch.zeros(site.units, dtype=torch.bool, device=x.device)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
-        self.magnitude = torch.zeros(site.units, dtype=torch.float64, device=x.device)
-        self.begin()
+    Attributes:
+        data: Whether the site depends on the batch.
+        reached: By input of the batch.
+        fired: By input of the batch and unit.
+        mixed: Whether a call's inputs cannot be told apart.
+        seen: Number of values per unit.
+    """
 
-    def begin(self) -> None:
-        """Start a pass."""
-        self.seen = 0
-        self.mixed = False  # whether a call's inputs cannot be told apart
-        self.reached: Tensor | None = None  # by input of the batch
-        self.fired_now: Tensor | None = None  # by input of the batch and unit
-
-    def add(self, site: Site, fires: Tensor, batch_size: int) -> None:
-        """Count where the units of a call fired."""
-        if site.inputs is None:
-            self.fired += site.per_unit(fires, "sum")
-            self.mixed = True
-            return
-        per_input = site.per_input(fires, batch_size)
-        self.fired += per_input.sum(0)
-        if self.reached is None or self.fired_now is None:
-            self.reached = torch.zeros(batch_size, dtype=torch.bool, device="cpu")
-            self.fired_now = torch.zeros_like(per_input, dtype=torch.bool)
-        self.fired_now |= per_input > 0
-        self.reached[core(site.inputs).flatten()] = True
-
-    def end(self, batch_size: int) -> None:
-        """Close a pass over one batch."""
-        self.observations += self.seen
-        if self.mixed:
-            self.inputs += min(batch_size, self.seen)
-            self.fired_inputs = None
-        elif self.reached is not None and self.fired_now is not None:
-            if not self.site.data:  # the same in every pass
-                self.inputs = 1
-                self.fired_inputs = (self.fired > 0).long()
-            else:
-                self.inputs += int(self.reached.sum())
-                if self.fired_inputs is not None:
-                    self.fired_inputs += self.fired_now.sum(0)
-        self.begin()
-
-    def report(self, name: str, smooth: bool) -> SiteReport:
-        """Return the site's report, with scores if smooth members were asked for."""
-        site = self.site
-        score = self.magnitude.cpu() / max(self.observations, 1)
-        score = score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)
-        names = "inputs observations fired fired_inputs peak nonfinite shape calls"
-        held = {name: getattr(self, name) for name in names.split()}
-        return SiteReport(
-            name=name,
-            kind=site.kind.name,
-            producer=site.producer,
-            unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
-            score=score if smooth else None,
-            silences=site.kind.silences,
-            location=site.location,
-            **tree_map_only(Tensor, Tensor.cpu, held),
-        )
+    data: bool
+    reached: Tensor
+    fired: Any = False
+    mixed: bool = False
+    seen: int = 0
 
 
 class _Counter(SiteFinder):
@@ -99,39 +48,91 @@ class _Counter(SiteFinder):
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
-        self.counts: dict[tuple[Any, ...], _Count] = {}
+        self.counts: dict[tuple[Any, ...], SiteReport] = {}
+        self.constant: set[tuple[Any, ...]] = set()
+        self._now: dict[tuple[Any, ...], _Pass] = {}
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
-        count = self.counts.get(site.key)
-        if count is None:
-            count = self.counts[site.key] = _Count(site, x)
-        elif count.fired.numel() != site.units:
+        if site.key not in self.counts:
+            self.counts[site.key] = self._fresh(site, x)
+        count = self.counts[site.key]
+        if count.units != site.units:
             raise ValueError(
-                f"{self.name_of(site.key)} had {count.fired.numel()} units before and has "
+                f"{self.name_of(site.key)} had {count.units} units before and has "
                 f"{site.units} now (input of shape {tuple(x.shape)}): its unit_dim cannot be the "
                 "one of its units; pass unit_dim={name: dimension}"
             )
         count.calls += 1
+        if site.key not in self._now:
+            reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
+            self._now[site.key] = _Pass(site.data, reached)
         if x.numel():
-            count.seen += x.numel() // site.units
+            self._now[site.key].seen += x.numel() // site.units
             peak, low = site.per_unit(x, "amax"), site.per_unit(x, "amin")
             count.peak = torch.maximum(count.peak, peak)
             count.nonfinite |= ~(peak.isfinite() & low.isfinite())
             if not site.kind.by_output:
-                count.add(site, site.kind.fires(x, None), self.batch_size)
+                self._add(site, site.kind.fires(x, None))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
-        count = self.counts[site.key]
         if x.numel() and site.kind.by_output:
-            count.add(site, site.kind.fires(x, out.detach()), self.batch_size)
-        if x.numel() and self.smooth:
-            count.magnitude += site.per_unit(out.detach().abs().double(), "sum")
+            self._add(site, site.kind.fires(x, out.detach()))
+        magnitude = self.counts[site.key].magnitude
+        if x.numel() and magnitude is not None:
+            magnitude += site.per_unit(out.detach().abs().double(), "sum")
+
+    def _fresh(self, site: Site, x: Tensor) -> SiteReport:
+        zeros = torch.zeros(site.units, dtype=torch.int64, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return SiteReport(
+            name="",
+            kind=site.kind.name,
+            producer=site.producer,
+            unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
+            fired=zeros,
+            fired_inputs=zeros.clone(),
+            peak=torch.full_like(zeros, -torch.inf, dtype=wide),
+            nonfinite=zeros.bool(),
+            magnitude=zeros.double() if self.smooth else None,
+            silences=site.kind.silences,
+            shape=tuple(x.shape),
+            location=site.location,
+        )
+
+    def _add(self, site: Site, fires: Tensor) -> None:
+        """Count where the units of a call fired."""
+        count, now = self.counts[site.key], self._now[site.key]
+        if site.inputs is None:
+            count.fired += site.per_unit(fires, "sum")
+            now.mixed = True
+        else:
+            per_input = site.per_input(fires, self.batch_size)
+            count.fired += per_input.sum(0)
+            now.fired = (per_input > 0) | now.fired
+            now.reached[core(site.inputs).flatten()] = True
 
     def end(self) -> None:
         """Close the pass over one batch."""
-        for count in self.counts.values():
-            count.end(self.batch_size)
+        for key, now in self._now.items():
+            count = self.counts[key]
+            count.observations += now.seen
+            if now.mixed:
+                count.inputs += min(self.batch_size, now.seen)
+                count.fired_inputs = None
+            elif now.seen and not now.data:  # the same in every pass
+                count.inputs, count.fired_inputs = 1, (count.fired > 0).long()
+                self.constant.add(key)
+            elif now.seen:
+                count.inputs += int(now.reached.sum())
+                if count.fired_inputs is not None:
+                    count.fired_inputs += now.fired.sum(0)
+        self._now.clear()
+
+    def reports(self) -> list[SiteReport]:
+        """Return what was counted, by site."""
+        named = ({**vars(c), "name": self.name_of(key)} for key, c in self.counts.items())
+        return [SiteReport(**tree_map_only(Tensor, Tensor.cpu, fields)) for fields in named]
 
 
 def diagnose(
@@ -263,10 +264,7 @@ def diagnose(
         if counter.ambiguous:
             raise AmbiguousUnitsError(notes[0])
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    sites = [
-        tally.report(counter.name_of(key), counter.smooth) for key, tally in counter.counts.items()
-    ]
-    return Report(sites, inputs, done, notes, example)
+    return Report(counter.reports(), inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:
@@ -361,11 +359,12 @@ def _notes(counter: _Counter) -> list[str]:
         if isinstance(module, RECTIFIERS) and name not in counter.called
     ]
     smooth = [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]
-    constant = [name for key, name in names.items() if not counter.counts[key].site.data]
     lists = {
         "Without a silent region, so listed by family='all' only": smooth,
         "Left out by unit_dim": sorted(name for name, dim in given.items() if dim is None),
-        "Independent of the inputs, so n = 1": constant,
+        "Independent of the inputs, so n = 1": [
+            n for k, n in names.items() if k in counter.constant
+        ],
         "Never called as modules": idle,
     }
     notes += counter.notes

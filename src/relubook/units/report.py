@@ -76,9 +76,9 @@ def silence_bound(inputs: int) -> float:
     return 1.0 if inputs < 1 else 1.0 - 0.05 ** (1.0 / inputs)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class SiteReport:
-    """What one rectifier did. All tensors have shape (units,).
+    """What one rectifier did, in counts, sums and maxima. All tensors have shape (units,).
 
     Attributes:
         name: The site's name, see :func:`relubook.units.diagnosis.diagnose`.
@@ -87,15 +87,14 @@ class SiteReport:
             through shape operations, pooling or dropout; ``None`` after anything else, as a sum.
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
             view spread them over several (attention heads): units are then counted row by row.
-        inputs: Number of independent inputs that reached the site; 1 if it depends on none.
-        observations: Number of values seen per unit: inputs times positions times calls.
         fired: ``int64``: on how many observations the unit was not silent.
         fired_inputs: ``int64``: on how many inputs it fired at one position at least. ``None``
             where the inputs cannot be told apart at the site.
         peak: Largest pre-activation.
         nonfinite: ``bool``: some pre-activation was NaN or infinite, which is no silence.
-        score: Mean absolute output over its mean across the layer; ``None`` unless
-            ``family="all"``.
+        magnitude: ``float64``: sum of its absolute outputs; ``None`` unless ``family="all"``.
+        inputs: Number of independent inputs that reached the site; 1 if it depends on none.
+        observations: Number of values seen per unit: inputs times positions times calls.
         silences: Whether the function can be silent; else no unit is ever dead.
         shape: Shape of the rectifier's input when the site was first reached.
         location: ``"file.py:12"``, the line of the model that made the call, if known.
@@ -106,17 +105,17 @@ class SiteReport:
     kind: str
     producer: str | None
     unit_dim: int | tuple[int, ...]
-    inputs: int
-    observations: int
     fired: Tensor
     fired_inputs: Tensor | None
     peak: Tensor
     nonfinite: Tensor
-    score: Tensor | None = None
+    magnitude: Tensor | None = None
+    inputs: int = 0
+    observations: int = 0
     silences: bool = True
     shape: tuple[int, ...] = ()
     location: str | None = None
-    calls: int = 1
+    calls: int = 0
 
     @property
     def units(self) -> int:
@@ -167,9 +166,17 @@ class SiteReport:
         return self.state == STATES.index("mixed")
 
     @property
+    def score(self) -> Tensor | None:
+        """Mean absolute output over its mean across the layer; ``None`` unless ``family="all"``."""
+        if self.magnitude is None:
+            return None
+        return self.magnitude / self.magnitude.mean().clamp(min=torch.finfo(torch.double).tiny)
+
+    @property
     def dormant(self) -> Tensor | None:
         """Units with a score up to 0.025, ``bool``, shape (units,); ``None`` unscored."""
-        return None if self.score is None else self.score <= DORMANT
+        score = self.score
+        return None if score is None else score <= DORMANT
 
     @property
     def upper_bound(self) -> Tensor:

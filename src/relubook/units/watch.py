@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,7 +136,6 @@ class Watch:
             ``optimizer`` is looked through.
         unit_dim: As in :func:`relubook.units.diagnosis.diagnose`.
         batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
-        process_group: Processes to merge over. Default: all.
 
     Raises:
         TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
@@ -160,7 +158,6 @@ class Watch:
         optimizer: Any = None,
         unit_dim: int | Mapping[str, int | None] | None = None,
         batch_dim: int = 0,
-        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
@@ -172,19 +169,18 @@ class Watch:
         if optimizer is not None and not isinstance(inner, torch.optim.Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, not a {kind}")
-        self.window = window
-        self.optimizer, self.process_group = inner, process_group
+        self.window, self.optimizer = window, inner
         self.step = 0
         self.history: list[Event] = []
         self.unfollowed, self.notes = list[str](), list[str]()
         self._model = unwrapped(model)
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._handles: list[Any] = []
-        self._late: dict[str, Any] = {}
         self._readers: list[Reader] = []
         self._audit: Audit | None = None
+        self._reached: set[str] = set()  # modules that an audit called
         self._sites: dict[str, Followed] = {}
-        self._passes: Counter[str] = Counter()
+        self._start, self._seen = 0, False  # since the hooks were registered
         self._live, self._inputs = False, 0
         self._report: WatchReport | None = None
 
@@ -192,8 +188,9 @@ class Watch:
         return self.attach()
 
     def __exit__(self, error: object, *_: object) -> None:
-        self._passes["failed"] += error is not None
-        self.close()
+        self._detach()
+        if error is None:
+            self._warn_of_no_step()
 
     def attach(self) -> "Watch":
         """Register the hooks, as entering the ``with`` block does, and return itself.
@@ -204,82 +201,74 @@ class Watch:
         if self._handles:
             raise RuntimeError("this Watch is attached already")
         torch.compiler.reset()
-        self._passes.clear()
+        self._reached.clear()
+        self._start, self._seen = self.step, False
         self.unfollowed, self.notes = [], []
-        begin, end, step = Hook(self._begin), Hook(self._end), Hook(self._count_step)
+        begin, end = Hook(self._begin), Hook(self._end)
         self._handles = [
             self._model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(end, always_call=True),
         ]
         if self.optimizer is not None:
-            self._handles.append(self.optimizer.register_step_post_hook(step))
+            self._handles.append(self.optimizer.register_step_post_hook(Hook(self._count_step)))
         return self
 
     def close(self) -> None:
         """Remove all hooks, as leaving the ``with`` block does. What was computed stays.
 
-        Warns, and says why, if no step was seen since they were registered.
+        Warns if no step was seen since they were registered.
         """
-        if not self._handles:
-            return
-        for handle in (*self._handles, *self._late.values(), *(r.handle for r in self._readers)):
+        if self._handles:
+            self._detach()
+            self._warn_of_no_step()
+
+    def _detach(self) -> None:
+        for handle in (*self._handles, *(reader.handle for reader in self._readers)):
             handle.remove()
-        self._handles, self._late, self._readers, self._audit = [], {}, [], None
-        self._live = False
+        self._handles, self._readers, self._audit, self._live = [], [], None, False
         torch.compiler.reset()
-        name, passes = type(self._model).__name__, self._passes
-        if passes["failed"] or (passes["seen"] and passes["step"]):
+
+    def _warn_of_no_step(self) -> None:
+        if self._seen and self.step > self._start:
             return
-        if passes["seen"]:
-            why = "the optimizer took none; it must be the one that the training loop steps"
-        elif passes["idle"]:
-            why = f"each call of {name} was in evaluation mode or with gradients off"
-        else:
-            why = (
-                f"{name} itself was not called. Watch the module that is: a loop may call only "
-                "parts of it, or another method (Lightning calls training_step); and code that "
-                "was compiled inside the block, for another model, runs without hooks"
-            )
-        warnings.warn(f"Watch saw no step: {why}", stacklevel=2)
+        name = type(self._model).__name__
+        warnings.warn(
+            f"Watch saw no step: {name} itself was not called in training mode with gradients on, "
+            "or the optimizer, if given, took none. A loop may call only parts of it, or another "
+            "method (Lightning calls training_step): watch the module that is called. Code that "
+            "was compiled inside the block, for another model, runs without hooks",
+            stacklevel=3,
+        )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if Audit.running or not self._handles:  # compiled code calls removed hooks as well
             return
-        if not (module.training and torch.is_grad_enabled()):
-            self._passes["idle"] += 1
-            return
-        self._inputs += self._batch_size(args, kwargs)
-        self._live = True
-        if self._audit is None:
-            self._look(module, args, kwargs)
+        if module.training and torch.is_grad_enabled():
+            self._inputs += self._batch_size(args, kwargs)
+            self._live = True
+            if self._audit is None:
+                self._look(module, args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._live or Audit.running:
             return
         self._live = False
-        first = not self._passes["seen"]
-        strange = [r for r in self._readers if (first and not r.count) | (not r.usual())]
+        first = not self._seen
+        strange = [r.site.name for r in self._readers if (first and not r.count) | (not r.usual())]
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
-        self._passes["seen"] += 1
-        if strange:
-            names = [reader.site.name for reader in strange]
-            self._leave_out(names, "called more or less often than in the audit, or in other ways")
+        self._seen = True
+        self._leave_out(strange, "called more or less often than in the audit, or in other ways")
         if self.optimizer is None:
             self._count_step()
 
     def _count_step(self, *_: Any) -> None:
-        self._passes["step"] += 1
         self.step += 1
         if self.step % self.window == 0:
             self._close_window()
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        first, dim = args[0] if args else None, self._options["batch_dim"]
-        if isinstance(first, nn.utils.rnn.PackedSequence):
-            return int(first.batch_sizes[0])
-        if not isinstance(first, Tensor):
-            first = next(iter(tensors_in((args, kwargs))), None)
+        first, dim = next(tensors_in((args, kwargs)), None), self._options["batch_dim"]
         return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -290,18 +279,17 @@ class Watch:
         unclear = "cannot tell along which dimension the units lie: "
         unclear += "; ".join(f"{name}: {why}" for name, why in audit.ambiguous.items())
         unclear += ". Pass unit_dim={name: dimension}, or None for one to leave out"
-        called = {name for name, _ in audit.counts}
+        self._reached |= {name for name, _ in audit.counts}
         if self._audit is None:
-            if audit.ambiguous and not audit.found:
-                raise AmbiguousUnitsError(unclear)
             if not audit.found:
+                if audit.ambiguous:
+                    raise AmbiguousUnitsError(unclear)
                 raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
-            for name in audit.modules.keys() - called:
+            for name in audit.modules.keys() - self._reached:
+                meet = Hook(partial(self._meet, name))
                 register = audit.modules[name].register_forward_pre_hook
-                self._late[name] = register(Hook(partial(self._meet, name)), with_kwargs=True)
+                self._handles.append(register(meet, with_kwargs=True))
         self._audit = audit
-        for name in called & self._late.keys():
-            self._late.pop(name).remove()
         for key, site in audit.found.items():
             site.name = audit.name_of(key)
             old = self._sites.get(site.name, site)  # from an earlier with block
@@ -319,12 +307,12 @@ class Watch:
 
     def _meet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """Audit a part that no pass has called so far."""
-        if not self._live or Audit.running or name not in self._late:
+        if not self._live or Audit.running or name in self._reached:
             return
         if self._processes() == 1:
             self._look(module, args, kwargs)
         else:  # the extra pass of one process might wait for the others
-            self._late.pop(name).remove()
+            self._reached.add(name)
             self._leave_out([name], "the audit did not reach it")
 
     def _leave_out(self, names: Sequence[str], why: str) -> None:
@@ -339,18 +327,17 @@ class Watch:
 
     def _processes(self) -> int:
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return 1 if alone else torch.distributed.get_world_size(self.process_group)
+        return 1 if alone else torch.distributed.get_world_size()
 
     def _merge(self) -> int:
         """Merge the peaks of all processes, and return the number of their inputs."""
         for site in self._sites.values():
             site.peak[site.peak.isnan()] = torch.inf
         peaks = {name: (site.level, site.peak.cpu()) for name, site in self._sites.items()}
-        mine = (self._inputs, peaks, self.unfollowed)
         every: list[Any] = [None] * self._processes()
-        torch.distributed.all_gather_object(every, mine, group=self.process_group)
-        self.unfollowed = list(dict.fromkeys(name for _, _, names in every for name in names))
-        for _, sites, _ in every:
+        torch.distributed.all_gather_object(every, (self._inputs, peaks, self.unfollowed))
+        for _, sites, unfollowed in every:
+            self.unfollowed += [name for name in unfollowed if name not in self.unfollowed]
             for name, (level, peak) in sites.items():
                 if name not in self._sites:  # reached elsewhere only
                     dead = torch.zeros(len(peak), dtype=torch.bool)
@@ -390,14 +377,6 @@ class Watch:
             message = f"no window of {self.window} steps is complete: {self.step} steps were seen"
             raise RuntimeError(f"{message}, in training mode with gradients on")
         return self._report
-
-    def reset(self) -> None:
-        """Forget peaks, deaths, the history and the step count; stay attached."""
-        self.step = self._inputs = 0
-        self.history, self._report = [], None
-        for site in self._sites.values():
-            site.peak.fill_(-torch.inf)
-            site.dead = torch.zeros_like(site.dead)
 
     def nbytes(self) -> int:
         """Return the bytes held for all units, without the history."""
