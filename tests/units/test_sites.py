@@ -154,7 +154,6 @@ def test_a_site_that_depends_on_no_input_has_one():
     assert [site.inputs for site in report] == [21, 1]
     assert report[1].observations == 21
     assert int(report[1].fired_inputs.max()) == 1
-    assert "Independent of the inputs, so n = 1: relu()#2" in repr(report)
 
 
 # Which calls are rectifiers
@@ -246,7 +245,7 @@ def test_arrays_and_tensors_without_values_are_refused():
     for data in (x.numpy(), [np.zeros((2, 5))]):
         with pytest.raises(TypeError, match="ndarray, not a tensor or a mapping.*convert it"):
             diagnose(model, data)
-    with pytest.raises(RuntimeError, match="meta tensors"):
+    with pytest.raises(NotImplementedError, match="meta tensor"):
         diagnose(model, [x, x.to("meta")])
     with pytest.raises(ValueError, match=r"fc\.weight has no values yet"):
         diagnose(copy.deepcopy(model).to("meta"), [x])
@@ -288,8 +287,7 @@ def test_sparse_tensors_in_a_batch():
     site = diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])[0]
     assert site.fired.tolist() == (dense @ model.fc(nodes) > 0).sum(0).tolist()
     dense[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])
+    assert diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])[0].nonfinite.all()
 
 
 def test_sites_by_place():

@@ -14,7 +14,7 @@ not positive cannot fire anywhere in the box:
 [True, False, True]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, NamedTuple
@@ -39,11 +39,10 @@ _BATCH_NORMS = _kinds("BatchNorm")
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
 _RESHAPING = (nn.Flatten, nn.Unflatten)
 _AVERAGES = _kinds("AvgPool", "AdaptiveAvgPool")
-_SMOOTH = (nn.LeakyReLU, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh)
-# Those without a mention of their own return one of their inputs or a constant.
+# These but the averages return one of their inputs or a constant.
 _MONOTONE = (
     *(nn.Identity, nn.ReLU, nn.Hardtanh, nn.ReLU6, *_kinds("MaxPool", "AdaptiveMaxPool")),
-    *(*_DROPOUTS, *_RESHAPING, *_AVERAGES, *_SMOOTH),
+    *(*_DROPOUTS, *_RESHAPING, *_AVERAGES),
 )
 _SUPPORTED = (nn.Sequential, *_LINEAR, *_BATCH_NORMS, *_MONOTONE)
 
@@ -94,7 +93,6 @@ def certify_dead(
     low: float | Tensor,
     high: float | Tensor,
     *,
-    input_shape: Sequence[int] | None = None,
     unit_roundoff: float | None = None,
 ) -> Certificate:
     """Find the units that are silent on every input x with low <= x <= high.
@@ -109,13 +107,12 @@ def certify_dead(
     transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul precision.
 
     Args:
-        model: An ``nn.Sequential`` (nested ones too) or one layer, of linear layers, convolutions,
-            batch norm with running statistics, ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU,
-            sigmoid, tanh, max and average pooling, dropout, reshaping.
-        low: Lower corner: a number, or a tensor that broadcasts to one input, without the batch.
+        model: An ``nn.Sequential`` (nested ones too) or one layer. Up to the last rectifier it may
+            hold linear layers, convolutions, batch norm with running statistics, ReLU, ReLU6,
+            Hardtanh, max and average pooling, dropout and reshaping; behind it anything.
+        low: Lower corner: a number or a tensor. Together they have the shape of one input without
+            the batch; two numbers do where the first layer is linear.
         high: Upper corner, likewise.
-        input_shape: Shape of one input without the batch. By default that of ``low`` and ``high``,
-            or the number of features that a linear layer takes.
         unit_roundoff: Relative error of one operation of the model; by default half the ``eps`` of
             its coarsest parameter type, 2^-24 for float32. Larger where the above is not covered.
 
@@ -125,12 +122,12 @@ def certify_dead(
             where that matters or has hooks or parameters that are not finite, no rectifier can be
             silent, or a layer's values may overflow.
     """
-    layers = list(_flat(model))
-    if not any(_can_be_silent(layer) for _, layer in layers):
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(f"model is a {kind}, not a torch.nn.Module: make it an nn.Sequential")
+    total = sum(_can_be_silent(m) for _, m in model.named_modules(remove_duplicate=False))
+    if not total:
         raise ValueError("there is no rectifier that can be silent: ReLU, ReLU6, Hardtanh from 0")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name!r} is not finite")
     dtypes = {p.dtype for p in model.parameters()} or {torch.float32}
     kinds = list(map(torch.finfo, dtypes))
     u = max(kind.eps / 2 for kind in kinds) if unit_roundoff is None else unit_roundoff
@@ -138,54 +135,50 @@ def certify_dead(
         raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
     largest, tiny = min(kind.max for kind in kinds), max(kind.tiny for kind in kinds)
     arithmetic = _Arithmetic(max(u, 2.0**-53), largest, tiny)
-    box = arithmetic.widen(_box(layers[0][1], low, high, input_shape), 1)
-    sites, dim = [], -1
-    with torch.no_grad():
-        for name, layer in layers:
-            kind = type(layer).__name__
-            if _can_be_silent(layer):
-                upper = box.high.movedim(dim, 0).flatten(1).amax(1)
-                sites.append(CertifiedSite(name, kind.lower(), upper))
-            if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, *_RESHAPING)):
-                dim = -1 if isinstance(layer, (nn.Linear, *_RESHAPING)) else 1
-            try:
+    box = arithmetic.widen(_box(next(_flat(model))[1], low, high), 1)
+    sites: list[CertifiedSite] = []
+    dim = -1
+    for name, layer in _flat(model):
+        kind = type(layer).__name__
+        if _can_be_silent(layer):
+            upper = box.high.movedim(dim, 0).flatten(1).amax(1)
+            sites.append(CertifiedSite(name, kind.lower(), upper))
+            if len(sites) == total:
+                break
+        if isinstance(layer, (*_LINEAR, *_BATCH_NORMS, *_RESHAPING)):
+            dim = -1 if isinstance(layer, (nn.Linear, *_RESHAPING)) else 1
+        try:
+            with torch.no_grad():
                 box = arithmetic.apply(layer, box)
-            except (RuntimeError, ValueError) as error:
-                shape = tuple(box.low.shape[1:])
-                raise ValueError(
-                    f"layer {name!r} ({kind}) has no bounds on an input of the shape {shape}: "
-                    f"{error}"
-                ) from error
+        except (RuntimeError, ValueError) as error:
+            shape = tuple(box.low.shape[1:])
+            raise ValueError(
+                f"layer {name!r} ({kind}) has no bounds on an input of the shape {shape}: {error}"
+            ) from error
     return Certificate(tuple(sites))
 
 
 def _flat(layer: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and layers in the order of execution, checked, without the containers."""
-    if not isinstance(layer, nn.Module):
-        kind = type(layer).__name__
-        raise TypeError(f"model is a {kind}, not a torch.nn.Module: make it an nn.Sequential")
-    _check(name, layer)
-    if not isinstance(layer, nn.Sequential):
-        yield name, layer
-        return
-    for key, child in layer._modules.items():  # an activation may stand in several places
-        yield from _flat(child, f"{name}.{key}".lstrip("."))
-
-
-def _check(name: str, layer: Any) -> None:
+    """Names and layers in the order of execution, each checked in turn, without containers."""
     if not is_plain(layer, _SUPPORTED):
         names = ", ".join(sorted(kind.__name__ for kind in _SUPPORTED))
         raise TypeError(f"layer {name!r} is a {type(layer).__name__}; supported are {names}")
     training = layer.training and isinstance(layer, (*_BATCH_NORMS, *_DROPOUTS))
-    slopes = (getattr(layer, name, 0) for name in ("alpha", "negative_slope"))
     for is_wrong, why in (
         (layer._forward_hooks or layer._forward_pre_hooks, "has forward hooks"),
         (training, "normalizes by its batch, or drops values at random: call eval()"),
         (getattr(layer, "running_mean", 0) is None, "has no running statistics"),
-        (isinstance(layer, _SMOOTH) and min(slopes) < 0, "is not monotone"),
     ):
         if is_wrong:
             raise ValueError(f"layer {name!r} ({layer}) {why}")
+    if isinstance(layer, nn.Sequential):
+        for key, child in layer._modules.items():  # an activation may stand in several places
+            yield from _flat(child, f"{name}.{key}".lstrip("."))
+        return
+    for kind, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{kind!r} of layer {name!r} is not finite")
+    yield name, layer
 
 
 def _can_be_silent(layer: Any) -> bool:
@@ -206,22 +199,22 @@ class _Box(NamedTuple):
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-def _box(first: Any, low: Any, high: Any, shape: Sequence[int] | None) -> _Box:
-    corners = []
-    for side, corner in (("low", low), ("high", high)):
+def _box(first: Any, low: Any, high: Any) -> _Box:
+    corners = {"low": low, "high": high}
+    for side, corner in corners.items():
         if isinstance(corner, bool) or not isinstance(corner, int | float | Tensor):
             raise TypeError(f"{side} is a {type(corner).__name__}, not a number or a tensor")
-        corners.append(_double(torch.as_tensor(corner)))
-        if not bool(corners[-1].isfinite().all()):
+        corners[side] = _double(torch.as_tensor(corner))
+        if not bool(corners[side].isfinite().all()):
             raise ValueError(f"{side} is not finite everywhere")
-    if shape is None and not any(corner.dim() for corner in corners):
-        if not isinstance(first, nn.Linear):
-            raise ValueError("numbers do not tell the shape of an input: pass input_shape=")
-        shape = (first.in_features,)
     try:
-        lower, upper, _ = torch.broadcast_tensors(*corners, torch.empty(shape or ()))
+        lower, upper = torch.broadcast_tensors(*corners.values())
     except RuntimeError as error:
-        raise ValueError(f"the shapes of low, high and the input do not fit: {error}") from None
+        raise ValueError(f"the shapes of low and high do not fit: {error}") from None
+    if not lower.dim():
+        if not isinstance(first, nn.Linear):
+            raise ValueError("numbers do not tell the shape of an input: pass a tensor as low")
+        lower, upper = (corner.expand(first.in_features) for corner in (lower, upper))
     if len(wrong := (lower > upper).nonzero()):
         at = tuple(wrong[0].tolist())
         raise ValueError(f"low > high at {at}: {float(lower[at])} > {float(upper[at])}")
@@ -258,10 +251,6 @@ class _Arithmetic(NamedTuple):
         ends = _Box(layer(box.low.clone()), layer(box.high.clone()))  # it may work in place
         if isinstance(layer, _AVERAGES):
             return self.widen(ends, prod(box.low.shape[2:]) + 2, layer(box.size))
-        if isinstance(layer, _SMOOTH):
-            # Implementations differ by some units in the last place, relative to 1 where the
-            # formula subtracts 1 (elu, sigmoid by tanh).
-            return self.widen(ends, 16, ends.size + max(getattr(layer, "alpha", 1.0), 2.0))
         return self.widen(ends, int(isinstance(layer, nn.Hardtanh)))  # its limits round
 
     def linear(self, layer: Any, box: _Box) -> _Box:

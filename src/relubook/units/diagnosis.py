@@ -26,21 +26,13 @@ __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_b
 
 @dataclass
 class _Pass:
-    """One pass over one batch, at one site.
+    """One pass over one batch, at one site."""
 
-    Attributes:
-        data: Whether the site depends on the batch.
-        reached: By input of the batch.
-        fired: By input of the batch and unit.
-        mixed: Whether a call's inputs cannot be told apart.
-        seen: Number of values per unit.
-    """
-
-    data: bool
-    reached: Tensor
-    fired: Any = False
-    mixed: bool = False
-    seen: int = 0
+    data: bool  # whether the site depends on the batch
+    reached: Tensor  # by input of the batch
+    fired: Any = False  # by input of the batch and unit
+    mixed: bool = False  # whether a call's inputs cannot be told apart
+    seen: int = 0  # number of values per unit
 
 
 class _Counter(SiteFinder):
@@ -49,7 +41,6 @@ class _Counter(SiteFinder):
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
         self.counts: dict[tuple[Any, ...], SiteReport] = {}
-        self.constant: set[tuple[Any, ...]] = set()
         self._now: dict[tuple[Any, ...], _Pass] = {}
 
     def before(self, site: Site, x: Tensor) -> None:
@@ -122,7 +113,6 @@ class _Counter(SiteFinder):
                 count.fired_inputs = None
             elif now.seen and not now.data:  # the same in every pass
                 count.inputs, count.fired_inputs = 1, (count.fired > 0).long()
-                self.constant.add(key)
             elif now.seen:
                 count.inputs += int(now.reached.sum())
                 if count.fired_inputs is not None:
@@ -145,12 +135,12 @@ def diagnose(
     family: Literal["rectifiers", "all"] = "rectifiers",
     unit_dim: int | Mapping[str, int | None] | None = None,
     batch_dim: int = 0,
-    nonfinite: Literal["raise", "keep"] = "raise",
 ) -> Report:
     """Count on how many inputs each unit of each rectifier fires, in one pass over the data.
 
     A unit is *silent* on an input when its output is 0 (for ReLU: when its pre-activation is at
-    most 0), and *dead* on the data when it is silent on all of it. NaN is not silence.
+    most 0), and *dead* on the data when it is silent on all of it. NaN is not silence: units that
+    data or weights that are not finite reach are *non-finite*, a state of its own.
 
     Every rectifier is found by call site, however it is written: ``nn.ReLU``, ``F.relu``,
     ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
@@ -185,8 +175,6 @@ def diagnose(
             or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
             a site out.
         batch_dim: Dimension of the inputs along which they are batched.
-        nonfinite: What to do with a batch that holds NaN or infinity: ``"raise"``, or ``"keep"``
-            it, as attention masks need.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
@@ -195,9 +183,9 @@ def diagnose(
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
             inputs and targets, or holds a key that the model does not take.
-        ValueError: If the data hold no batch, an empty one, or NaN; if the number of inputs cannot
-            be told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or
-            if a parameter has no values yet.
+        ValueError: If the data hold no batch or an empty one; if the number of inputs cannot be
+            told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or if a
+            parameter has no values yet.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
         RuntimeError: If the model is compiled and torch is older than 2.6.
@@ -213,7 +201,6 @@ def diagnose(
     for name, value, allowed in (
         ("mode", mode, (None, "train", "eval")),
         ("family", family, ("rectifiers", "all")),
-        ("nonfinite", nonfinite, ("raise", "keep")),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
@@ -235,11 +222,6 @@ def diagnose(
             for index, batch in enumerate(_batches(data)):
                 given = batch if forward is not None else _model_input(batch, index)
                 size = _size(batch, given, index, batch_dim, count)
-                if nonfinite == "raise" and not _finite(given):
-                    raise ValueError(
-                        f"batch {index} holds NaN or infinity; leave it out, or pass "
-                        "nonfinite='keep' if that is meant"
-                    )
                 example = given if forward is None and not done else example
                 given = _moved(given, device)
                 counter.begin(size, given)
@@ -319,15 +301,6 @@ def _size(
     return size
 
 
-def _finite(given: Any) -> bool:
-    for x in tensors_in(given):
-        if x.layout != torch.strided:
-            x = x.coalesce().values() if x.is_sparse else x.values()
-        if x.is_floating_point() and not x.isfinite().all():
-            return False
-    return True
-
-
 def _moved(value: Any, device: torch.device | None) -> Any:
     """Return the value with its tensors on a device; itself if they are there already."""
     if device is None or all(tensor.device == device for tensor in tensors_in(value)):
@@ -361,10 +334,6 @@ def _notes(counter: _Counter) -> list[str]:
     smooth = [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]
     lists = {
         "Without a silent region, so listed by family='all' only": smooth,
-        "Left out by unit_dim": sorted(name for name, dim in given.items() if dim is None),
-        "Independent of the inputs, so n = 1": [
-            n for k, n in names.items() if k in counter.constant
-        ],
         "Never called as modules": idle,
     }
     notes += counter.notes

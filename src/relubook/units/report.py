@@ -1,6 +1,5 @@
 """What every report on a model shares, and the report of ``diagnose``."""
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -346,10 +345,3 @@ class Report(SiteListing[SiteReport]):
 
     def __repr__(self) -> str:
         return "\n".join([*plain_table(self._rows(), words=2), *self._remarks()])
-
-    def _repr_html_(self) -> str:
-        cells = [[html.escape(cell) for cell in row] for row in self._rows()]
-        header, *rows = (f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
-        table = f"<thead>{header.replace('td>', 'th>')}</thead><tbody>{''.join(rows)}</tbody>"
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return f"<table>{table}</table>{remarks}"

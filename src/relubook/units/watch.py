@@ -187,10 +187,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         return self.attach()
 
-    def __exit__(self, error: object, *_: object) -> None:
-        self._detach()
-        if error is None:
-            self._warn_of_no_step()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def attach(self) -> "Watch":
         """Register the hooks, as entering the ``with`` block does, and return itself.
@@ -216,29 +214,23 @@ class Watch:
     def close(self) -> None:
         """Remove all hooks, as leaving the ``with`` block does. What was computed stays.
 
-        Warns if no step was seen since they were registered.
+        Warns if no step was seen since they were registered, and no exception is the reason.
         """
-        if self._handles:
-            self._detach()
-            self._warn_of_no_step()
-
-    def _detach(self) -> None:
+        if not self._handles:
+            return
         for handle in (*self._handles, *(reader.handle for reader in self._readers)):
             handle.remove()
         self._handles, self._readers, self._audit, self._live = [], [], None, False
         torch.compiler.reset()
-
-    def _warn_of_no_step(self) -> None:
-        if self._seen and self.step > self._start:
-            return
-        name = type(self._model).__name__
-        warnings.warn(
-            f"Watch saw no step: {name} itself was not called in training mode with gradients on, "
-            "or the optimizer, if given, took none. A loop may call only parts of it, or another "
-            "method (Lightning calls training_step): watch the module that is called. Code that "
-            "was compiled inside the block, for another model, runs without hooks",
-            stacklevel=3,
-        )
+        if not (self._seen and self.step > self._start) and sys.exc_info()[0] is None:
+            name = type(self._model).__name__
+            warnings.warn(
+                f"Watch saw no step: {name} itself was not called in training mode with gradients "
+                "on, or the optimizer, if given, took none. A loop may call only parts of it, or "
+                "another method (Lightning calls training_step): watch the module that is called. "
+                "Code compiled inside the block, for another model, runs without hooks",
+                stacklevel=2,
+            )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if Audit.running or not self._handles:  # compiled code calls removed hooks as well
