@@ -109,19 +109,19 @@ class Watch:
 
     Sites are found by an audit: before the first step the model runs once more on that step's
     input, without a trace (see :func:`relubook.units.sites.undisturbed`), save that its own hooks
-    run and what it writes to plain Python attributes stays. A part that this pass left out (an
-    expert, a layer under stochastic depth) is audited when it is first called. Hooks then read
-    each site's input where a module gets or returns it, as with ``nn.ReLU`` or
-    ``F.relu(self.fc(x))``. Sites that no hook can read, such as a function of a sum, and those of
-    a module that a later pass calls more or less often, are named in ``unfollowed`` and a warning.
+    run and what it writes to plain Python attributes stays. Hooks then read each site's input where
+    a module gets or returns it, as with ``nn.ReLU`` or ``F.relu(self.fc(x))``. Named in
+    ``unfollowed`` and a warning are sites that no hook can read, such as a function of a sum; those
+    of a module that a later pass calls more or less often; and parts that the audit left out and a
+    later pass calls (an expert, a layer under stochastic depth).
 
     A step is a forward pass in training mode with gradients on, or one of the ``optimizer`` if
     given. Eager training gives the same weights to the bit as without it. Autocast works, and
     ``torch.compile`` before or inside the ``with`` block: entry and exit discard all code compiled
     in the process, which would ignore new hooks, and compiled graphs break where the model is
     entered and left (``fullgraph=True`` raises). Under ``torch.distributed`` the peaks of all
-    processes, which must take as many steps, are merged after each window; parts that the audit
-    left out are then named only. A copy of a watched model is not watched.
+    processes, which must take as many steps, are merged after each window. A copy of a watched
+    model is not watched.
 
     Attributes:
         step: Number of steps seen.
@@ -177,10 +177,9 @@ class Watch:
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._handles: list[Any] = []
         self._readers: list[Reader] = []
-        self._audit: Audit | None = None
-        self._reached: set[str] = set()  # modules that an audit called
         self._sites: dict[str, Followed] = {}
-        self._start, self._seen = 0, False  # since the hooks were registered
+        # Since the hooks were registered: the steps before, whether there was an audit, and a pass.
+        self._start, self._audited, self._seen = 0, False, False
         self._live, self._inputs = False, 0
         self._report: WatchReport | None = None
 
@@ -199,8 +198,7 @@ class Watch:
         if self._handles:
             raise RuntimeError("this Watch is attached already")
         torch.compiler.reset()
-        self._reached.clear()
-        self._start, self._seen = self.step, False
+        self._start, self._audited, self._seen = self.step, False, False
         self.unfollowed, self.notes = [], []
         begin, end = Hook(self._begin), Hook(self._end)
         self._handles = [
@@ -220,7 +218,7 @@ class Watch:
             return
         for handle in (*self._handles, *(reader.handle for reader in self._readers)):
             handle.remove()
-        self._handles, self._readers, self._audit, self._live = [], [], None, False
+        self._handles, self._readers, self._live = [], [], False
         torch.compiler.reset()
         if not (self._seen and self.step > self._start) and sys.exc_info()[0] is None:
             name = type(self._model).__name__
@@ -238,8 +236,8 @@ class Watch:
         if module.training and torch.is_grad_enabled():
             self._inputs += self._batch_size(args, kwargs)
             self._live = True
-            if self._audit is None:
-                self._look(module, args, kwargs)
+            if not self._audited:
+                self._look(args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._live or Audit.running:
@@ -263,25 +261,22 @@ class Watch:
         first, dim = next(tensors_in((args, kwargs)), None), self._options["batch_dim"]
         return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Audit the model, or a part of it, and hook its sites."""
-        audit = self._audit or Audit(self._model, **self._options)
-        audit.run(module, self._batch_size(args, kwargs), args, kwargs)
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Audit the model, and hook its sites."""
+        audit = Audit(self._model, **self._options)
+        audit.run(self._model, self._batch_size(args, kwargs), args, kwargs)
         self.notes = list(audit.notes)
         unclear = "cannot tell along which dimension the units lie: "
         unclear += "; ".join(f"{name}: {why}" for name, why in audit.ambiguous.items())
         unclear += ". Pass unit_dim={name: dimension}, or None for one to leave out"
-        self._reached |= {name for name, _ in audit.counts}
-        if self._audit is None:
-            if not audit.found:
-                if audit.ambiguous:
-                    raise AmbiguousUnitsError(unclear)
-                raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
-            for name in audit.modules.keys() - self._reached:
-                meet = Hook(partial(self._meet, name))
-                register = audit.modules[name].register_forward_pre_hook
-                self._handles.append(register(meet, with_kwargs=True))
-        self._audit = audit
+        if not audit.found:
+            if audit.ambiguous:
+                raise AmbiguousUnitsError(unclear)
+            raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
+        self._audited = True
+        for name in audit.modules.keys() - {name for name, _ in audit.counts}:
+            meet = Hook(partial(self._meet, name))
+            self._handles.append(audit.modules[name].register_forward_pre_hook(meet))
         for key, site in audit.found.items():
             site.name = audit.name_of(key)
             old = self._sites.get(site.name, site)  # from an earlier with block
@@ -291,20 +286,16 @@ class Watch:
             for place in site.ways:
                 reader = Reader(self, site, place, audit)
                 self._readers.append(reader)
-                if audit.modules[place[0]] is module and not place[1]:  # its call is under way
-                    reader(module, args)
+                if place == ("", False):  # the model's input: its call is under way
+                    reader(self._model, args)
         unread = [site.name for site in audit.found.values() if site.unread]
         self._leave_out(unread, "no module gets or returns what they rectify")
         self._leave_out(list(audit.ambiguous), unclear)
 
-    def _meet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Audit a part that no pass has called so far."""
-        if not self._live or Audit.running or name in self._reached:
-            return
-        if self._processes() == 1:
-            self._look(module, args, kwargs)
-        else:  # the extra pass of one process might wait for the others
-            self._reached.add(name)
+    def _meet(self, name: str, *_: Any) -> None:
+        """Name a part that the audit did not reach, but none inside of it."""
+        inside = any(name.startswith(f"{part}.") for part in self.unfollowed)
+        if self._live and not Audit.running and not inside:
             self._leave_out([name], "the audit did not reach it")
 
     def _leave_out(self, names: Sequence[str], why: str) -> None:
@@ -317,16 +308,12 @@ class Watch:
         if new:
             warnings.warn(f"Watch: hooks cannot follow {', '.join(new)}: {why}", stacklevel=2)
 
-    def _processes(self) -> int:
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return 1 if alone else torch.distributed.get_world_size()
-
-    def _merge(self) -> int:
-        """Merge the peaks of all processes, and return the number of their inputs."""
+    def _merge(self) -> None:
+        """Merge the peaks and the numbers of inputs of all processes."""
         for site in self._sites.values():
             site.peak[site.peak.isnan()] = torch.inf
         peaks = {name: (site.level, site.peak.cpu()) for name, site in self._sites.items()}
-        every: list[Any] = [None] * self._processes()
+        every: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(every, (self._inputs, peaks, self.unfollowed))
         for _, sites, unfollowed in every:
             self.unfollowed += [name for name in unfollowed if name not in self.unfollowed]
@@ -337,11 +324,12 @@ class Watch:
                 site = self._sites[name]
                 torch.maximum(site.peak, peak.to(site.peak.device), out=site.peak)
         self._sites = {n: site for n, site in self._sites.items() if n not in self.unfollowed}
-        return sum(inputs for inputs, _, _ in every)
+        self._inputs = sum(inputs for inputs, _, _ in every)
 
     @torch.no_grad()
     def _close_window(self) -> None:
-        inputs = self._inputs if self._processes() == 1 else self._merge()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._merge()
         first = self.step - self.window + 1
         states, events = [], []
         for site in self._sites.values():
@@ -353,9 +341,10 @@ class Watch:
             site.dead = dead
             states.append(WatchedSite(site.name, dead, peak.float()))
             site.peak.fill_(-torch.inf)
-        self._inputs = 0
         self.history = [*self.history, *events]
-        self._report = WatchReport(states, self.step, self.window, inputs, list(self.unfollowed))
+        unfollowed = list(self.unfollowed)
+        self._report = WatchReport(states, self.step, self.window, self._inputs, unfollowed)
+        self._inputs = 0
 
     def compute(self) -> WatchReport:
         """Return the state at the end of the last whole window.
