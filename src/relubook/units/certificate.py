@@ -88,13 +88,7 @@ class Certificate(SiteListing[CertifiedSite]):
         return "\n".join([title, *plain_table(rows, words=2)])
 
 
-def certify_dead(
-    model: nn.Module,
-    low: float | Tensor,
-    high: float | Tensor,
-    *,
-    unit_roundoff: float | None = None,
-) -> Certificate:
+def certify_dead(model: nn.Module, low: float | Tensor, high: float | Tensor) -> Certificate:
     """Find the units that are silent on every input x with low <= x <= high.
 
     Every layer's values are bounded by intervals: exact for the first linear layer, sound but loose
@@ -103,8 +97,9 @@ def certify_dead(
     The bounds hold for what the model itself computes: they are evaluated in float64 and widened
     by the a-priori error of a sum of n products in any order, n u / (1 - n u) times the sum of the
     absolute products (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3), for the
-    model's own u and for float64's; the box by the rounding of its corners. Not covered are
-    transformed convolutions (Winograd, FFT), TF32, autocast and a lowered matmul precision.
+    u of the model's coarsest parameters, 2^-24 in float32, and for float64's; the box by the
+    rounding of its corners. Not covered are transformed convolutions (Winograd, FFT), TF32,
+    autocast and a lowered matmul precision.
 
     Args:
         model: An ``nn.Sequential`` (nested ones too) or one layer. Up to the last rectifier it may
@@ -113,8 +108,6 @@ def certify_dead(
         low: Lower corner: a number or a tensor. Together they have the shape of one input without
             the batch; two numbers do where the first layer is linear.
         high: Upper corner, likewise.
-        unit_roundoff: Relative error of one operation of the model; by default half the ``eps`` of
-            its coarsest parameter type, 2^-24 for float32. Larger where the above is not covered.
 
     Raises:
         TypeError: If a layer is not supported, or the box holds no numbers.
@@ -130,11 +123,11 @@ def certify_dead(
         raise ValueError("there is no rectifier that can be silent: ReLU, ReLU6, Hardtanh from 0")
     dtypes = {p.dtype for p in model.parameters()} or {torch.float32}
     kinds = list(map(torch.finfo, dtypes))
-    u = max(kind.eps / 2 for kind in kinds) if unit_roundoff is None else unit_roundoff
-    if not 0 <= u < 1:
-        raise ValueError(f"unit_roundoff is {unit_roundoff}, not between 0 and 1")
-    largest, tiny = min(kind.max for kind in kinds), max(kind.tiny for kind in kinds)
-    arithmetic = _Arithmetic(max(u, 2.0**-53), largest, tiny)
+    arithmetic = _Arithmetic(
+        u=max(kind.eps for kind in kinds) / 2,
+        largest=min(kind.max for kind in kinds),
+        tiny=max(kind.tiny for kind in kinds),
+    )
     box = arithmetic.widen(_box(next(_flat(model))[1], low, high), 1)
     sites: list[CertifiedSite] = []
     dim = -1
