@@ -660,7 +660,7 @@ def test_a_dead_layer_is_called_out():
     nn.init.constant_(model.two.bias, -1000)
     report = diagnose(model, [torch.randn(8, 5)])
     assert report.dead_layers == ["relu()#2"]
-    assert report["relu()#2"].dead_layer
+    assert report["relu()#2"].dead_fraction == 1
     assert "DEAD LAYER: all 6 units of relu()#2 are dead" in repr(report)
     assert "network is constant behind it" in repr(report)
     with pytest.raises(AssertionError, match="6 of 6 units dead, the whole layer"):

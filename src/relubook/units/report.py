@@ -50,6 +50,66 @@ class SiteListing(Generic[S]):
         raise KeyError(f"no site {key!r}; the sites are {', '.join(s.name for s in self.sites)}")
 
 
+class UnitListing(SiteListing[S]):
+    """Sites with ``units`` of which some are ``dead`` or ``nonfinite``; ``print`` shows a table."""
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of dead units among the units of all rectifiers; dormant ones do not count."""
+        units = sum(site.units for site in self.sites if site.silences)
+        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
+
+    @property
+    def dead_layers(self) -> list[str]:
+        """Names of the sites whose units are all dead."""
+        return [site.name for site in self.sites if 0 < site.units == int(site.dead.sum())]
+
+    def assert_alive(self, max_dead: float = 0.0) -> None:
+        """Raise unless every site is alive: for tests and continuous integration.
+
+        Args:
+            max_dead: Largest share of dead units that a site may have, from 0 to 1. A dead layer
+                fails at any value below 1.
+
+        Raises:
+            AssertionError: If a site has a larger share, or a unit that saw NaN or infinity.
+            ValueError: If ``max_dead`` is not between 0 and 1.
+        """
+        if not 0 <= max_dead <= 1:
+            raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
+        faults = []
+        for site in self.sites:
+            dead, bad = int(site.dead.sum()), int(site.nonfinite.sum())
+            if bad or dead / max(site.units, 1) > max_dead:
+                whole = ", the whole layer" if site.name in self.dead_layers else ""
+                faults.append(
+                    f"{site.name}: {dead} of {site.units} units dead{whole}, {bad} non-finite"
+                )
+        if faults:
+            head = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
+            raise AssertionError("\n  ".join([head, *faults]))
+
+    def _rows(self) -> list[list[str]]:
+        raise NotImplementedError
+
+    def _remarks(self) -> list[str]:
+        """Return what must not be overlooked in the table."""
+        remarks = [
+            f"DEAD LAYER: all {self[name].units} units of {name} are dead: "
+            "the network is constant behind it (save for paths around it)."
+            for name in self.dead_layers
+        ]
+        return remarks + [
+            f"NON-FINITE: {bad} units of {site.name} saw NaN or infinity; that is not silence."
+            for site in self.sites
+            if (bad := int(site.nonfinite.sum()))
+        ]
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        return "\n".join([*plain_table(rows, words=rows[0].index("units")), *self._remarks()])
+
+
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     """Return the lines of a table, with a rule below its header.
 
@@ -191,11 +251,6 @@ class SiteReport:
         """Share of dead units."""
         return int(self.dead.sum()) / max(self.units, 1)
 
-    @property
-    def dead_layer(self) -> bool:
-        """Whether all units are dead; the network is then constant behind the site."""
-        return self.units > 0 and bool(self.dead.all())
-
     def counts(self) -> dict[str, int]:
         """Return how many units are in each state, by the names of ``STATES``."""
         counts = self.state.bincount(minlength=len(STATES))
@@ -209,7 +264,7 @@ class SiteReport:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Report(SiteListing[SiteReport]):
+class Report(UnitListing[SiteReport]):
     """What ``diagnose`` found: a table where printed; ``report["name"]``, ``report[0]`` are a site.
 
     Attributes:
@@ -225,41 +280,6 @@ class Report(SiteListing[SiteReport]):
     batches: int = 0
     notes: list[str] = field(default_factory=list)
     example: Any = None
-
-    @property
-    def dead_fraction(self) -> float:
-        """Share of dead units among the units of all rectifiers; dormant ones do not count."""
-        units = sum(site.units for site in self.sites if site.silences)
-        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
-
-    @property
-    def dead_layers(self) -> list[str]:
-        """Names of the sites whose units are all dead."""
-        return [site.name for site in self.sites if site.dead_layer]
-
-    def assert_alive(self, max_dead: float = 0.0) -> None:
-        """Raise unless every site is alive: for tests and continuous integration.
-
-        Args:
-            max_dead: Largest share of dead units that a site may have, from 0 to 1. A dead layer
-                fails at any value below 1.
-
-        Raises:
-            AssertionError: If a site has a larger share, or a unit that saw NaN or infinity.
-            ValueError: If ``max_dead`` is not between 0 and 1.
-        """
-        if not 0 <= max_dead <= 1:
-            raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
-        faults = []
-        for site in self.sites:
-            counts, whole = site.counts(), ", the whole layer" if site.dead_layer else ""
-            if site.dead_fraction > max_dead or counts["non-finite"]:
-                dead = f"{counts['dead']} of {site.units} units dead{whole}"
-                rest = f"{counts['non-finite']} non-finite (n = {site.inputs:,} inputs)"
-                faults.append(f"\n  {site.name}: {dead}, {rest}")
-        if faults:
-            head = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
-            raise AssertionError(head + "".join(faults))
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.
@@ -322,17 +342,7 @@ class Report(SiteListing[SiteReport]):
         return rows
 
     def _remarks(self) -> list[str]:
-        remarks = [
-            f"DEAD LAYER: all {site.units} units of {site.name} are dead: "
-            "the network is constant behind it (save for paths around it)."
-            for site in self.sites
-            if site.dead_layer
-        ]
-        remarks += [
-            f"NON-FINITE: {count} units of {site.name} saw NaN or infinity; that is not silence."
-            for site in self.sites
-            if (count := int(site.nonfinite.sum()))
-        ]
+        remarks = super()._remarks()
         dead = sum(int(site.dead.sum()) for site in self.sites)
         if dead:
             fewest = min(site.inputs for site in self.sites if site.dead.any())
@@ -342,6 +352,3 @@ class Report(SiteListing[SiteReport]):
                 f"{silence_bound(fewest):.2%} (95%)."
             )
         return remarks + self.notes
-
-    def __repr__(self) -> str:
-        return "\n".join([*plain_table(self._rows(), words=2), *self._remarks()])

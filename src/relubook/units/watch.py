@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from relubook.units._readings import Audit, Followed, Hook, Reader
-from relubook.units.report import SiteListing, plain_table
+from relubook.units.report import UnitListing
 from relubook.units.sites import AmbiguousUnitsError, tensors_in, unwrapped
 
 __all__ = ["Event", "Watch", "WatchReport", "WatchedSite"]
@@ -51,6 +51,7 @@ class WatchedSite:
     name: str
     dead: Tensor
     peak: Tensor
+    silences: ClassVar[bool] = True
 
     @property
     def nonfinite(self) -> Tensor:
@@ -64,7 +65,7 @@ class WatchedSite:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WatchReport(SiteListing[WatchedSite]):
+class WatchReport(UnitListing[WatchedSite]):
     """All sites at the end of the last whole window; ``print`` shows a table.
 
     Attributes:
@@ -81,23 +82,17 @@ class WatchReport(SiteListing[WatchedSite]):
     inputs: int
     unfollowed: list[str]
 
-    @property
-    def dead_fraction(self) -> float:
-        """Share of dead units among those of all sites."""
-        units = sum(site.units for site in self)
-        return sum(int(site.dead.sum()) for site in self) / max(units, 1)
-
-    def __repr__(self) -> str:
-        rows, remarks = [["site", "units", "dead", "non-finite"]], []
+    def _rows(self) -> list[list[str]]:
+        rows = [["site", "units", "dead", "non-finite"]]
         for site in self:
             counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
             rows.append([site.name, *(f"{count:,}" for count in counts)])
-            if 0 < counts[0] == counts[1]:
-                remarks.append(f"DEAD LAYER: all {site.units} units of {site.name} are dead.")
-        if self.unfollowed:
-            remarks.append(f"Not followed: {', '.join(self.unfollowed)}.")
+        return rows
+
+    def _remarks(self) -> list[str]:
         steps = f"Steps {self.step - self.window + 1} to {self.step}, n = {self.inputs:,} inputs."
-        return "\n".join([*plain_table(rows), steps, *remarks])
+        unfollowed = [f"Not followed: {', '.join(self.unfollowed)}."] * bool(self.unfollowed)
+        return [steps, *super()._remarks(), *unfollowed]
 
 
 class Watch:
