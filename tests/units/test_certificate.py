@@ -255,7 +255,7 @@ LINEAR = nn.Linear(2, 3)
         ([LINEAR, nn.ReLU()], torch.tensor([0.0, 2.0]), 1.0, ValueError, r"at \(1,\)"),
         ([LINEAR, nn.ReLU()], math.nan, 1.0, ValueError, "low is not finite"),
         ([LINEAR, nn.ReLU()], 0.0, math.inf, ValueError, "high is not finite"),
-        ([LINEAR, nn.ReLU()], torch.zeros(3), torch.ones(3), ValueError, "takes 2"),
+        ([LINEAR, nn.ReLU()], torch.zeros(3), torch.ones(3), ValueError, "cannot be multiplied"),
         ([LINEAR, nn.ReLU()], torch.zeros(3), torch.ones(2), ValueError, "shapes"),
         ([LINEAR, nn.ReLU()], "0", 1.0, TypeError, "'str'"),
         ([nn.Conv2d(1, 2, 3), nn.ReLU()], 0.0, 1.0, ValueError, "pass a tensor"),

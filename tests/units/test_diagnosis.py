@@ -1013,15 +1013,6 @@ def test_wrong_arguments():
         diagnose(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), [x])
 
 
-def test_idle_modules_are_named():
-    class Idle(Functional):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unused = nn.ReLU()
-
-    assert "Never called as modules: unused" in repr(diagnose(Idle(), [torch.randn(2, 5)]))
-
-
 def test_a_hidden_rectifier_is_said_to_be_hidden():
     class Hidden(nn.ReLU):
         def forward(self, x: Tensor) -> Tensor:

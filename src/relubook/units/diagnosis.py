@@ -1,6 +1,7 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ from torch.utils.data import Dataset, IterableDataset
 from relubook.units._numbers import core
 from relubook.units.report import Report, SiteReport, silence_bound
 from relubook.units.sites import (
-    RECTIFIERS,
     AmbiguousUnitsError,
     Site,
     SiteFinder,
@@ -214,31 +214,29 @@ def diagnose(
     device = devices.pop() if len(devices) == 1 else None
     inputs = done = 0
     example = None
-    with undisturbed(model):
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
         if mode is not None:
             model.train(mode == "train")
-        try:
-            counter.attach()
-            for index, batch in enumerate(_batches(data)):
-                given = batch if forward is not None else _model_input(batch, index)
-                size = _size(batch, given, index, batch_dim, count)
-                example = given if forward is None and not done else example
-                given = _moved(given, device)
-                counter.begin(size, given)
-                try:
-                    with counter:
-                        call(model, given)
-                except Exception as error:
-                    error.add_note(
-                        f"relubook.diagnose was running the model on batch {index}; "
-                        "forward=lambda model, batch: ... runs it in another way"
-                    )
-                    raise
-                counter.end()
-                inputs += size
-                done += 1
-        finally:
-            counter.detach()
+        stack.callback(counter.detach)
+        counter.attach()
+        for index, batch in enumerate(_batches(data)):
+            given = batch if forward is not None else _model_input(batch, index)
+            size = _size(batch, given, index, batch_dim, count)
+            example = given if forward is None and not done else example
+            given = _moved(given, device)
+            counter.begin(size, given)
+            try:
+                with counter:
+                    call(model, given)
+            except Exception as error:
+                error.add_note(
+                    f"relubook.diagnose was running the model on batch {index}; "
+                    "forward=lambda model, batch: ... runs it in another way"
+                )
+                raise
+            counter.end()
+            inputs, done = inputs + size, done + 1
     if not done:
         raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
     notes = _notes(counter)
@@ -312,7 +310,7 @@ def _moved(value: Any, device: torch.device | None) -> Any:
 
 def _notes(counter: _Counter) -> list[str]:
     """Return what could not be seen, or was left out, sites of unknown units first."""
-    notes, ambiguous = [], counter.ambiguous
+    ambiguous, notes = counter.ambiguous, []
     names = {key: counter.name_of(key) for key in counter.counts}
     given = counter.unit_dim if isinstance(counter.unit_dim, Mapping) else {}
     if unknown := [name for name in given if name not in counter.used_overrides]:
@@ -326,15 +324,8 @@ def _notes(counter: _Counter) -> list[str]:
             f"{listed}\nSay so by unit_dim={{{example}: 1}} (a dimension of that shape), or leave "
             f"a site out by unit_dim={{{example}: None}}."
         )
-    idle = [
-        name
-        for name, module in counter._modules.items()
-        if isinstance(module, RECTIFIERS) and name not in counter.called
-    ]
-    smooth = [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]
-    lists = {
-        "Without a silent region, so listed by family='all' only": smooth,
-        "Never called as modules": idle,
-    }
     notes += counter.notes
-    return notes + [f"{what}: {', '.join(found)}." for what, found in lists.items() if found]
+    if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:
+        listed = ", ".join(smooth)
+        notes.append(f"Without a silent region, so listed by family='all' only: {listed}.")
+    return notes

@@ -81,16 +81,19 @@ class UnitListing(SiteListing[S]):
         for site in self.sites:
             dead, bad = int(site.dead.sum()), int(site.nonfinite.sum())
             if bad or dead / max(site.units, 1) > max_dead:
-                whole = ", the whole layer" if site.name in self.dead_layers else ""
-                faults.append(
-                    f"{site.name}: {dead} of {site.units} units dead{whole}, {bad} non-finite"
-                )
+                whole = ", the whole layer" if dead == site.units else ""
+                share = f"{dead} of {site.units} units dead{whole}"
+                faults.append(f"{site.name}: {share}, {bad} non-finite")
         if faults:
             head = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
             raise AssertionError("\n  ".join([head, *faults]))
 
     def _rows(self) -> list[list[str]]:
-        raise NotImplementedError
+        rows = [["site", "units", "dead", "non-finite"]]
+        for site in self.sites:
+            counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
+            rows.append([site.name, *(f"{count:,}" for count in counts)])
+        return rows
 
     def _remarks(self) -> list[str]:
         """Return what must not be overlooked in the table."""

@@ -82,13 +82,6 @@ class WatchReport(UnitListing[WatchedSite]):
     inputs: int
     unfollowed: list[str]
 
-    def _rows(self) -> list[list[str]]:
-        rows = [["site", "units", "dead", "non-finite"]]
-        for site in self:
-            counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
-            rows.append([site.name, *(f"{count:,}" for count in counts)])
-        return rows
-
     def _remarks(self) -> list[str]:
         steps = f"Steps {self.step - self.window + 1} to {self.step}, n = {self.inputs:,} inputs."
         unfollowed = [f"Not followed: {', '.join(self.unfollowed)}."] * bool(self.unfollowed)
