@@ -663,6 +663,7 @@ def test_a_dead_layer_is_called_out():
     assert report["relu()#2"].dead_fraction == 1
     assert "DEAD LAYER: all 6 units of relu()#2 are dead" in repr(report)
     assert "network is constant behind it" in repr(report)
+    assert "network is constant behind it" in report._repr_html_()
     with pytest.raises(AssertionError, match="6 of 6 units dead, the whole layer"):
         report.assert_alive(max_dead=0.99)
 
@@ -691,6 +692,7 @@ def test_report():
     with pytest.raises(ValueError, match="share of units"):
         report.assert_alive(max_dead=40)
     assert report.inputs == 24
+    assert "<table>" in report._repr_html_()
     assert "7 units" in repr(report.sites[0])
 
 

@@ -418,7 +418,10 @@ def test_bad_arguments():
 
 def test_a_site_with_unclear_units_is_named_beside_others():
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 1), nn.ReLU())
-    with Watch(model, window=1) as watch, pytest.warns(UserWarning, match=r"follow 0.*unit_dim="):
+    with (
+        Watch(model, window=1) as watch,
+        pytest.warns(UserWarning, match=r"(?s)follow 0.*unit_dim="),
+    ):
         model(torch.randn(2, 3, 4, 4))
     assert [site.name for site in watch.compute()] == ["2"]
     assert [name.partition("#")[0] for name in watch.unfollowed] == ["0"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, Literal
 
 import torch
@@ -50,9 +51,8 @@ class _Counter(SiteFinder):
         count = self.counts[site.key]
         if count.units != site.units:
             raise ValueError(
-                f"{self.name_of(site.key)} had {count.units} units before and has "
-                f"{site.units} now (input of shape {tuple(x.shape)}): its unit_dim cannot be the "
-                "one of its units; pass unit_dim={name: dimension}"
+                f"{self.name_of(site.key)} had {count.units} units before and has {site.units} now "
+                f"(shape {tuple(x.shape)}): say along which dimension they lie by unit_dim"
             )
         count.calls += 1
         if site.key not in self._now:
@@ -224,7 +224,9 @@ def diagnose(
             given = batch if forward is not None else _model_input(batch, index)
             size = _size(batch, given, index, batch_dim, count)
             example = given if forward is None and not done else example
-            given = _moved(given, device)
+            if device is not None:
+                move = methodcaller("to", device)
+                given = move(given) if hasattr(given, "to") else tree_map_only(Tensor, move, given)
             counter.begin(size, given)
             try:
                 with counter:
@@ -242,7 +244,7 @@ def diagnose(
     notes = _notes(counter)
     if not counter.counts:
         if counter.ambiguous:
-            raise AmbiguousUnitsError(notes[0])
+            raise AmbiguousUnitsError(unclear(counter.ambiguous))
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
     return Report(counter.reports(), inputs, done, notes, example)
 
@@ -299,31 +301,24 @@ def _size(
     return size
 
 
-def _moved(value: Any, device: torch.device | None) -> Any:
-    """Return the value with its tensors on a device; itself if they are there already."""
-    if device is None or all(tensor.device == device for tensor in tensors_in(value)):
-        return value
-    if hasattr(value, "to"):
-        return value.to(device)
-    return tree_map_only(Tensor, lambda x: x.to(device), value)
+def unclear(sites: Mapping[str, str]) -> str:
+    """Say of which sites the units cannot be told, why, and what helps."""
+    listed = "".join(f"\n  {name!r}: {why}" for name, why in sites.items())
+    example = next(iter(sites), "")
+    return (
+        f"cannot tell along which dimension the units lie:{listed}\n"
+        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape), or None to leave a site out"
+    )
 
 
 def _notes(counter: _Counter) -> list[str]:
-    """Return what could not be seen, or was left out, sites of unknown units first."""
-    ambiguous, notes = counter.ambiguous, []
-    names = {key: counter.name_of(key) for key in counter.counts}
+    """Return what could not be seen, sites of unknown units first."""
+    names = [*map(counter.name_of, counter.counts), *counter.ambiguous]
     given = counter.unit_dim if isinstance(counter.unit_dim, Mapping) else {}
     if unknown := [name for name in given if name not in counter.used_overrides]:
-        sites = ", ".join([*names.values(), *ambiguous]) or "none"
+        sites = ", ".join(names) or "none"
         raise ValueError(f"unit_dim names {unknown}, which the model did not call; sites: {sites}")
-    if ambiguous:
-        listed = "\n".join(f"  {site!r}: {why}" for site, why in ambiguous.items())
-        example = repr(next(iter(ambiguous)))
-        notes.append(
-            "SKIPPED: cannot tell along which dimension the units lie at these sites:\n"
-            f"{listed}\nSay so by unit_dim={{{example}: 1}} (a dimension of that shape), or leave "
-            f"a site out by unit_dim={{{example}: None}}."
-        )
+    notes = [f"SKIPPED: {unclear(counter.ambiguous)}."] * bool(counter.ambiguous)
     notes += counter.notes
     if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:
         listed = ", ".join(smooth)

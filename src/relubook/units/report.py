@@ -1,11 +1,13 @@
 """What every report on a model shares, and the report of ``diagnose``."""
 
+import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from relubook._optional import require
 
@@ -111,6 +113,13 @@ class UnitListing(SiteListing[S]):
     def __repr__(self) -> str:
         rows = self._rows()
         return "\n".join([*plain_table(rows, words=rows[0].index("units")), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        cells = [[html.escape(cell) for cell in row] for row in self._rows()]
+        header, *rows = (f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
+        table = f"<thead>{header.replace('td>', 'th>')}</thead><tbody>{''.join(rows)}</tbody>"
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<table>{table}</table>{remarks}"
 
 
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
@@ -291,16 +300,14 @@ class Report(UnitListing[SiteReport]):
         fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
         """
         pandas = require("pandas", "tables of results")
-        names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
+        names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
         frames = []
         for site in self.sites:
-            columns: dict[str, Any] = {"site": site.name, "kind": site.kind}
-            columns |= {"producer": site.producer, "unit": range(site.units)}
-            columns["state"] = [STATES[state] for state in site.state.tolist()]
-            for name in (*names, "score"):
-                value = getattr(site, name)
-                columns[name] = value.tolist() if isinstance(value, Tensor) else value
-            frame = pandas.DataFrame(columns)
+            cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
+            frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
+            frame.insert(0, "site", site.name)
+            frame.insert(3, "unit", range(site.units))
+            frame.insert(4, "state", [STATES[state] for state in site.state.tolist()])
             frames.append(frame.astype({"fired_inputs": float, "score": float}))
         return pandas.concat(frames, ignore_index=True)
 

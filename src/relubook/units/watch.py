@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relubook.units._readings import Audit, Followed, Hook, Reader
+from relubook.units.diagnosis import unclear
 from relubook.units.report import UnitListing
 from relubook.units.sites import AmbiguousUnitsError, tensors_in, unwrapped
 
@@ -254,12 +255,9 @@ class Watch:
         audit = Audit(self._model, **self._options)
         audit.run(self._model, self._batch_size(args, kwargs), args, kwargs)
         self.notes = list(audit.notes)
-        unclear = "cannot tell along which dimension the units lie: "
-        unclear += "; ".join(f"{name}: {why}" for name, why in audit.ambiguous.items())
-        unclear += ". Pass unit_dim={name: dimension}, or None for one to leave out"
         if not audit.found:
             if audit.ambiguous:
-                raise AmbiguousUnitsError(unclear)
+                raise AmbiguousUnitsError(unclear(audit.ambiguous))
             raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
         self._audited = True
         for name in audit.modules.keys() - {name for name, _ in audit.counts}:
@@ -278,7 +276,7 @@ class Watch:
                     reader(self._model, args)
         unread = [site.name for site in audit.found.values() if site.unread]
         self._leave_out(unread, "no module gets or returns what they rectify")
-        self._leave_out(list(audit.ambiguous), unclear)
+        self._leave_out(list(audit.ambiguous), unclear(audit.ambiguous))
 
     def _meet(self, name: str, *_: Any) -> None:
         """Name a part that the audit did not reach, but none inside of it."""
