@@ -154,7 +154,6 @@ def test_a_site_that_depends_on_no_input_has_one():
     assert [site.inputs for site in report] == [21, 1]
     assert report[1].observations == 21
     assert int(report[1].fired_inputs.max()) == 1
-    assert "Independent of the inputs, so n = 1: relu()#2" in repr(report)
 
 
 # Which calls are rectifiers
@@ -243,20 +242,20 @@ def test_data_that_would_be_miscounted_are_refused():
 
 def test_arrays_and_tensors_without_values_are_refused():
     model, x = Call(F.relu), torch.randn(6, 5)
-    with pytest.raises(TypeError, match=r"ndarray, not a tensor: convert it by torch\.as_tensor"):
-        diagnose(model, x.numpy())
-    with pytest.raises(TypeError, match=r"ndarray.*convert it by torch\.as_tensor"):
-        diagnose(model, [np.zeros((2, 5))])
-    with pytest.raises(ValueError, match="batch 1 is on the meta device"):
+    for data in (x.numpy(), [np.zeros((2, 5))]):
+        with pytest.raises(TypeError, match="ndarray, not a tensor or a mapping.*convert it"):
+            diagnose(model, data)
+    with pytest.raises(NotImplementedError, match="meta tensor"):
         diagnose(model, [x, x.to("meta")])
-    with pytest.raises(ValueError, match=r"fc\.weight is on the meta device"):
+    with pytest.raises(ValueError, match=r"fc\.weight has no values yet"):
         diagnose(copy.deepcopy(model).to("meta"), [x])
 
 
 def test_a_key_that_the_model_does_not_take_is_named():
     model, x = nn.Sequential(Call(F.relu), nn.Identity()), torch.randn(6, 5)
-    with pytest.raises(TypeError, match=r"batch 0 holds 'input', 'label'.*'label'; pass forward="):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label'") as caught:
         diagnose(model, [{"input": x, "label": torch.zeros(6)}])
+    assert any("batch 0; forward=lambda" in note for note in caught.value.__notes__)
 
 
 def test_a_row_for_all_inputs_does_not_hide_their_number():
@@ -288,8 +287,7 @@ def test_sparse_tensors_in_a_batch():
     site = diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])[0]
     assert site.fired.tolist() == (dense @ model.fc(nodes) > 0).sum(0).tolist()
     dense[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])
+    assert diagnose(model, [{"nodes": nodes, "edges": dense.to_sparse()}])[0].nonfinite.all()
 
 
 def test_sites_by_place():

@@ -323,7 +323,7 @@ def test_what_counts_as_a_step():
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_compute_and_reset():
+def test_compute_and_attach():
     model = mlp(3, 4, 1)
     watch = Watch(model, window=2)
     with watch:
@@ -332,14 +332,8 @@ def test_compute_and_reset():
             watch.compute()
         model(torch.randn(2, 3))
         assert watch.compute().step == 2
-        watch.reset()
-        assert (watch.step, watch.history) == (0, [])
-        with pytest.raises(RuntimeError, match="0 steps were seen"):
-            watch.compute()
         with pytest.raises(RuntimeError, match="attached already"):
             watch.attach()
-        model(torch.randn(2, 3))
-        model(torch.randn(2, 3))
     assert watch.compute().step == 2
     watch.attach()  # goes on where it was
     model(torch.randn(2, 3))
@@ -424,7 +418,10 @@ def test_bad_arguments():
 
 def test_a_site_with_unclear_units_is_named_beside_others():
     model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 1), nn.ReLU())
-    with Watch(model, window=1) as watch, pytest.warns(UserWarning, match=r"follow 0.*unit_dim="):
+    with (
+        Watch(model, window=1) as watch,
+        pytest.warns(UserWarning, match=r"(?s)follow 0.*unit_dim="),
+    ):
         model(torch.randn(2, 3, 4, 4))
     assert [site.name for site in watch.compute()] == ["2"]
     assert [name.partition("#")[0] for name in watch.unfollowed] == ["0"]
@@ -728,14 +725,15 @@ def test_a_watch_that_saw_no_step_says_why():
 
     model, x = Lightning(), torch.randn(2, 3)
     not_called = r"saw no step: Lightning itself was not called.*training_step"
+    no_training = "Sequential itself was not called in training mode with gradients on, or the opt"
     with pytest.warns(UserWarning, match=not_called), Watch(model):
         model.training_step(x)
-    with pytest.warns(UserWarning, match="each call of Sequential was in eval"), Watch(model.net):
+    with pytest.warns(UserWarning, match=no_training), Watch(model.net):
         model.net.eval()(x)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with (
-        pytest.warns(UserWarning, match="the optimizer took none"),
+        pytest.warns(UserWarning, match=no_training),
         Watch(model.net, optimizer=optimizer),
     ):
         model.net(x)
@@ -768,29 +766,21 @@ class Experts(nn.Module):
         return out
 
 
-def test_parts_that_the_audit_did_not_reach_are_followed_from_their_first_call():
+def test_parts_that_the_audit_did_not_reach_are_named_when_they_are_called():
     model, x = Experts(), torch.randn(6, 3)
-    state = torch.get_rng_state()
-    with Watch(model, window=2) as watch:
+    with Watch(model, window=1) as watch:
         model(x, torch.tensor([0, 0, 0, 0, 0, 0]))
-        model(x, torch.tensor([0, 0, 0, 2, 2, 2]))
-        assert [site.name for site in watch.compute()] == ["experts.0.1", "experts.2.1"]
-        late = watch.compute()["experts.2.1"]
-        assert torch.equal(late.peak, model.experts[2][0](x[3:]).amax(0))
-        assert torch.equal(torch.get_rng_state(), state)
-        model(x, torch.tensor([1, 0, 0, 2, 2, 2]))
-        model(x, torch.tensor([1, 1, 1, 2, 2, 2]))
-        report = watch.compute()
-        assert torch.equal(report["experts.1.1"].peak, model.experts[1][0](x[:3]).amax(0))
-        model(x, torch.tensor([2, 2, 2, 2, 2, 2]))
-        model(x, torch.tensor([2, 2, 2, 2, 2, 2]))
-        assert torch.equal(watch.compute()["experts.1.1"].peak, torch.full((4,), -torch.inf))
-    expected = diagnose(model, [(x,)], forward=lambda m, b: m(b[0], torch.arange(6) % 3))
-    assert {site.name for site in report} == {site.name for site in expected}
-    assert watch.unfollowed == []
+        assert watch.unfollowed == []
+        with pytest.warns(UserWarning, match=r"follow experts\.2: the audit did not") as caught:
+            model(x, torch.tensor([0, 0, 0, 2, 2, 2]))
+        assert len(caught) == 1
+        model(x, torch.tensor([0, 0, 0, 2, 2, 2]))  # once is enough
+        assert [site.name for site in watch.compute()] == ["experts.0.1"]
+        assert watch.compute().unfollowed == ["experts.2"]
     assert no_hooks(model)
 
 
+@pytest.mark.filterwarnings("ignore:Watch. hooks cannot follow")
 def test_a_rectifier_shared_by_late_parts_is_named():
     model, x = Experts(nn.ReLU()), torch.randn(6, 3)
     with Watch(model, window=1) as watch:
@@ -802,6 +792,7 @@ def test_a_rectifier_shared_by_late_parts_is_named():
     assert len(watch.unfollowed) == 3
 
 
+@pytest.mark.filterwarnings("ignore:Watch. hooks cannot follow")
 def test_training_with_late_parts_is_bit_identical():
     plain = Experts()
     watched = copy.deepcopy(plain)

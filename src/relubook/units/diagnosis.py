@@ -1,19 +1,19 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
 from relubook.units._numbers import core
 from relubook.units.report import Report, SiteReport, silence_bound
 from relubook.units.sites import (
-    RECTIFIERS,
     AmbiguousUnitsError,
     Site,
     SiteFinder,
@@ -25,75 +25,15 @@ from relubook.units.sites import (
 __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_bound"]
 
 
-class _Count:
-    """Running counts of one site."""
+@dataclass
+class _Pass:
+    """One pass over one batch, at one site."""
 
-    def __init__(self, site: Site, x: Tensor) -> None:
-        self.site = site
-        self.shape = tuple(x.shape)
-        self.calls = self.inputs = self.observations = 0
-        self.fired = torch.zeros(site.units, dtype=torch.int64, device=x.device)
-        self.fired_inputs: Tensor | None = torch.zeros_like(self.fired)
-        self.nonfinite = torch.zeros(site.units, dtype=torch.bool, device=x.device)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
-        self.magnitude = torch.zeros(site.units, dtype=torch.float64, device=x.device)
-        self.begin()
-
-    def begin(self) -> None:
-        """Start a pass."""
-        self.seen = 0
-        self.mixed = False
-        self.reached: Tensor | None = None  # by input of the batch
-        self.fired_now: Tensor | None = None  # by input of the batch and unit
-
-    def add(self, site: Site, fires: Tensor, batch_size: int) -> None:
-        """Count where the units of a call fired."""
-        if site.inputs is None:
-            self.fired += site.per_unit(fires, "sum")
-            self.mixed = True
-            return
-        per_input = site.per_input(fires, batch_size)
-        self.fired += per_input.sum(0)
-        if self.reached is None or self.fired_now is None:
-            self.reached = torch.zeros(batch_size, dtype=torch.bool, device="cpu")
-            self.fired_now = torch.zeros_like(per_input, dtype=torch.bool)
-        self.fired_now |= per_input > 0
-        self.reached[core(site.inputs).flatten()] = True
-
-    def end(self, batch_size: int) -> None:
-        """Close a pass over one batch."""
-        self.observations += self.seen
-        if self.seen and (self.mixed or self.reached is None or self.fired_now is None):
-            self.inputs += min(batch_size, self.seen)
-            self.fired_inputs = None
-        elif self.seen and not self.site.data:  # the same in every pass
-            self.inputs = 1
-            self.fired_inputs = (self.fired > 0).long()
-        elif self.reached is not None and self.fired_now is not None:
-            self.inputs += int(self.reached.sum())
-            if self.fired_inputs is not None:
-                self.fired_inputs += self.fired_now.sum(0)
-        self.begin()
-
-    def report(self, name: str, smooth: bool, dormant_threshold: float) -> SiteReport:
-        """Return the site's report, with scores if smooth members were asked for."""
-        site = self.site
-        score = self.magnitude.cpu() / max(self.observations, 1)
-        score = score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)
-        names = "inputs observations fired fired_inputs peak nonfinite shape calls"
-        held = {name: getattr(self, name) for name in names.split()}
-        return SiteReport(
-            name=name,
-            kind=site.kind.name,
-            producer=site.producer,
-            unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
-            score=score if smooth else None,
-            dormant_threshold=dormant_threshold,
-            silences=site.kind.silences,
-            location=site.location,
-            **tree_map_only(Tensor, Tensor.cpu, held),
-        )
+    data: bool  # whether the site depends on the batch
+    reached: Tensor  # by input of the batch
+    fired: Any = False  # by input of the batch and unit
+    mixed: bool = False  # whether a call's inputs cannot be told apart
+    seen: int = 0  # number of values per unit
 
 
 class _Counter(SiteFinder):
@@ -101,45 +41,88 @@ class _Counter(SiteFinder):
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
-        self.counts: dict[tuple[Any, ...], _Count] = {}
-        self.order: list[tuple[Any, ...]] = []
-        self._last = -1
+        self.counts: dict[tuple[Any, ...], SiteReport] = {}
+        self._now: dict[tuple[Any, ...], _Pass] = {}
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
-        count = self.counts.get(site.key)
-        if count is None:
-            count = self.counts[site.key] = _Count(site, x)
-            alike = (k for k, key in enumerate(self.order) if key[0] == site.key[0])
-            self.order.insert(max([self._last, *alike]) + 1, site.key)
-        elif count.fired.numel() != site.units:
+        if site.key not in self.counts:
+            self.counts[site.key] = self._fresh(site, x)
+        count = self.counts[site.key]
+        if count.units != site.units:
             raise ValueError(
-                f"{self.name_of(site.key)} had {count.fired.numel()} units before and has "
-                f"{site.units} now (input of shape {tuple(x.shape)}): its unit_dim cannot be the "
-                "one of its units; pass unit_dim={name: dimension}"
+                f"{self.name_of(site.key)} had {count.units} units before and has {site.units} now "
+                f"(shape {tuple(x.shape)}): say along which dimension they lie by unit_dim"
             )
-        self._last = self.order.index(site.key)
         count.calls += 1
+        if site.key not in self._now:
+            reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
+            self._now[site.key] = _Pass(site.data, reached)
         if x.numel():
-            count.seen += x.numel() // site.units
+            self._now[site.key].seen += x.numel() // site.units
             peak, low = site.per_unit(x, "amax"), site.per_unit(x, "amin")
             count.peak = torch.maximum(count.peak, peak)
             count.nonfinite |= ~(peak.isfinite() & low.isfinite())
             if not site.kind.by_output:
-                count.add(site, site.kind.fires(x, None), self.batch_size)
+                self._add(site, site.kind.fires(x, None))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
-        count = self.counts[site.key]
         if x.numel() and site.kind.by_output:
-            count.add(site, site.kind.fires(x, out.detach()), self.batch_size)
-        if x.numel() and self.smooth:
-            count.magnitude += site.per_unit(out.detach().abs().double(), "sum")
+            self._add(site, site.kind.fires(x, out.detach()))
+        magnitude = self.counts[site.key].magnitude
+        if x.numel() and magnitude is not None:
+            magnitude += site.per_unit(out.detach().abs().double(), "sum")
+
+    def _fresh(self, site: Site, x: Tensor) -> SiteReport:
+        zeros = torch.zeros(site.units, dtype=torch.int64, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return SiteReport(
+            name="",
+            kind=site.kind.name,
+            producer=site.producer,
+            unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
+            fired=zeros,
+            fired_inputs=zeros.clone(),
+            peak=torch.full_like(zeros, -torch.inf, dtype=wide),
+            nonfinite=zeros.bool(),
+            magnitude=zeros.double() if self.smooth else None,
+            silences=site.kind.silences,
+            shape=tuple(x.shape),
+            location=site.location,
+        )
+
+    def _add(self, site: Site, fires: Tensor) -> None:
+        """Count where the units of a call fired."""
+        count, now = self.counts[site.key], self._now[site.key]
+        if site.inputs is None:
+            count.fired += site.per_unit(fires, "sum")
+            now.mixed = True
+        else:
+            per_input = site.per_input(fires, self.batch_size)
+            count.fired += per_input.sum(0)
+            now.fired = (per_input > 0) | now.fired
+            now.reached[core(site.inputs).flatten()] = True
 
     def end(self) -> None:
         """Close the pass over one batch."""
-        for count in self.counts.values():
-            count.end(self.batch_size)
-        self._last = -1
+        for key, now in self._now.items():
+            count = self.counts[key]
+            count.observations += now.seen
+            if now.mixed:
+                count.inputs += min(self.batch_size, now.seen)
+                count.fired_inputs = None
+            elif now.seen and not now.data:  # the same in every pass
+                count.inputs, count.fired_inputs = 1, (count.fired > 0).long()
+            elif now.seen:
+                count.inputs += int(now.reached.sum())
+                if count.fired_inputs is not None:
+                    count.fired_inputs += now.fired.sum(0)
+        self._now.clear()
+
+    def reports(self) -> list[SiteReport]:
+        """Return what was counted, by site."""
+        named = ({**vars(c), "name": self.name_of(key)} for key, c in self.counts.items())
+        return [SiteReport(**tree_map_only(Tensor, Tensor.cpu, fields)) for fields in named]
 
 
 def diagnose(
@@ -152,14 +135,12 @@ def diagnose(
     family: Literal["rectifiers", "all"] = "rectifiers",
     unit_dim: int | Mapping[str, int | None] | None = None,
     batch_dim: int = 0,
-    nonfinite: Literal["raise", "skip", "keep"] = "raise",
-    dormant_threshold: float = 0.025,
-    device: torch.device | str | None = None,
 ) -> Report:
     """Count on how many inputs each unit of each rectifier fires, in one pass over the data.
 
     A unit is *silent* on an input when its output is 0 (for ReLU: when its pre-activation is at
-    most 0), and *dead* on the data when it is silent on all of it. NaN is not silence.
+    most 0), and *dead* on the data when it is silent on all of it. NaN is not silence: units that
+    data or weights that are not finite reach are *non-finite*, a state of its own.
 
     Every rectifier is found by call site, however it is written: ``nn.ReLU``, ``F.relu``,
     ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
@@ -181,7 +162,8 @@ def diagnose(
         model: Any module. It runs without gradients.
         data: Iterable of batches: a tensor; a tuple or list whose first element is the input (a
             tensor, or a mapping of keyword arguments); or a mapping of keyword arguments. A
-            single tensor or mapping is one batch. With ``forward``, anything.
+            single tensor or mapping is one batch. With ``forward``, anything. It is moved to the
+            model's device, if it has one only.
         mode: ``"train"`` or ``"eval"``. Default: as the model is.
         forward: ``forward(model, batch)`` runs the model, for batches of any other kind.
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
@@ -193,11 +175,6 @@ def diagnose(
             or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
             a site out.
         batch_dim: Dimension of the inputs along which they are batched.
-        nonfinite: What to do with a batch that holds NaN or infinity: ``"raise"``; ``"skip"`` it
-            and list it in ``Report.skipped``; or ``"keep"`` it, as attention masks need.
-        dormant_threshold: Largest score of a dormant unit (Sokar et al. 2023,
-            https://arxiv.org/abs/2302.12902).
-        device: Where to move the batches. Default: to the model's device, if it has one only.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
@@ -206,9 +183,9 @@ def diagnose(
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
             inputs and targets, or holds a key that the model does not take.
-        ValueError: If the data hold no batch, an empty one, or NaN; if the number of inputs cannot
-            be told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or
-            if a parameter has no values yet.
+        ValueError: If the data hold no batch or an empty one; if the number of inputs cannot be
+            told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or if a
+            parameter has no values yet.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
         RuntimeError: If the model is compiled and torch is older than 2.6.
@@ -219,97 +196,68 @@ def diagnose(
         >>> report["1"].fired.shape, report["1"].inputs
         (torch.Size([4]), 80)
     """
-    _check_options(model, mode, family, nonfinite)
-    counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
-    inner = unwrapped(model)
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    target = torch.device(device) if device is not None else None
-    target = devices.pop() if device is None and len(devices) == 1 else target
-    skipped: list[int] = []
-    inputs = done = 0
-    index, example = -1, None
-    with undisturbed(model):
-        if mode is not None:
-            model.train(mode == "train")
-        try:
-            counter.attach()
-            for index, batch in enumerate(_batches(data)):
-                given = batch if forward is not None else _model_input(batch, index, inner)
-                size = _size(batch, given, index, batch_dim, count)
-                if nonfinite != "keep" and not _finite(given):
-                    if nonfinite == "raise":
-                        raise ValueError(
-                            f"batch {index} holds NaN or infinity; pass nonfinite='skip' to leave "
-                            "such batches out, or nonfinite='keep' if they are meant"
-                        )
-                    skipped.append(index)
-                    continue
-                example = given if forward is None and not done else example
-                given = _moved(given, target)
-                counter.begin(size, given)
-                try:
-                    with counter:
-                        if forward is not None:
-                            forward(model, given)
-                        elif isinstance(given, Mapping):
-                            inner(**given)
-                        else:
-                            inner(given)
-                except Exception as error:
-                    error.add_note(f"relubook.diagnose was running the model on batch {index}")
-                    raise
-                counter.end()
-                inputs += size
-                done += 1
-        finally:
-            counter.detach()
-    if index < 0 and isinstance(data, Iterator):
-        raise ValueError("data is an exhausted iterator: pass a list or a DataLoader instead")
-    if index < 0:
-        raise ValueError("data holds no batch: the verdict would rest on nothing")
-    if not done:
-        raise ValueError(f"every batch held NaN or infinity: {skipped}")
-    notes = _notes(counter)
-    if not counter.order:
-        if counter.ambiguous:
-            raise AmbiguousUnitsError(notes[0])
-        raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    sites = [
-        counter.counts[key].report(counter.name_of(key), counter.smooth, dormant_threshold)
-        for key in counter.order
-    ]
-    return Report(sites, inputs, done, skipped, notes, example)
-
-
-def _check_options(model: Any, mode: Any, family: Any, nonfinite: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     for name, value, allowed in (
         ("mode", mode, (None, "train", "eval")),
         ("family", family, ("rectifiers", "all")),
-        ("nonfinite", nonfinite, ("raise", "skip", "keep")),
     ):
         if value not in allowed:
-            choices = ", ".join(map(repr, allowed))
-            raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise ValueError(f"{name} is lazy, without values: run the model on one batch first")
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device, without values: load the model first")
+        if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
+    counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
+    inner = unwrapped(model)
+    call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    device = devices.pop() if len(devices) == 1 else None
+    inputs = done = 0
+    example = None
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        if mode is not None:
+            model.train(mode == "train")
+        stack.callback(counter.detach)
+        counter.attach()
+        for index, batch in enumerate(_batches(data)):
+            given = batch if forward is not None else _model_input(batch, index)
+            size = _size(batch, given, index, batch_dim, count)
+            example = given if forward is None and not done else example
+            if device is not None:
+                move = methodcaller("to", device)
+                given = move(given) if hasattr(given, "to") else tree_map_only(Tensor, move, given)
+            counter.begin(size, given)
+            try:
+                with counter:
+                    call(model, given)
+            except Exception as error:
+                error.add_note(
+                    f"relubook.diagnose was running the model on batch {index}; "
+                    "forward=lambda model, batch: ... runs it in another way"
+                )
+                raise
+            counter.end()
+            inputs, done = inputs + size, done + 1
+    if not done:
+        raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
+    notes = _notes(counter)
+    if not counter.counts:
+        if counter.ambiguous:
+            raise AmbiguousUnitsError(unclear(counter.ambiguous))
+        raise ValueError("; ".join(["the model called no rectifier", *notes]))
+    return Report(counter.reports(), inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:
-    if isinstance(data, Tensor | Mapping | PackedSequence):
+    if isinstance(data, Tensor | Mapping):
         return [data]
-    kind = type(data).__name__
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise TypeError(f"data is a {kind}, whose items are single: wrap it in a DataLoader")
-    if hasattr(data, "__array__"):
-        raise TypeError(f"data is a {kind}, not a tensor: convert it by torch.as_tensor")
-    sequence = isinstance(data, Iterable) or hasattr(data, "__getitem__")
-    if isinstance(data, str | bytes) or not sequence:
-        raise TypeError(f"data is a {kind}, not an iterable of batches such as a DataLoader")
+    items = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    if items or isinstance(data, str) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data is a {type(data).__name__}, not an iterable of batches; if it is a data set, "
+            "wrap it in a DataLoader"
+        )
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         alike = len({(x.ndim, x.dtype) for x in data}) == 1
         if not alike or (isinstance(data, tuple) and len(data) == 2):
@@ -320,44 +268,25 @@ def _batches(data: Any) -> Iterable[Any]:
     return data
 
 
-def _model_input(batch: Any, index: int, model: nn.Module) -> Any:
-    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
-        if not batch:
-            raise TypeError(f"batch {index} is an empty {type(batch).__name__}")
-        batch = batch[0]
-    if isinstance(batch, Tensor | PackedSequence):
-        return batch
-    if not isinstance(batch, Mapping):
-        convert = "convert it by torch.as_tensor, or " if hasattr(batch, "__array__") else ""
-        raise TypeError(
-            f"batch {index}: the input is a {type(batch).__name__}, not a tensor or a mapping of "
-            f"keyword arguments; {convert}pass forward=lambda model, batch: ... to run it"
-        )
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # a scripted module
-        return dict(batch)
-    try:
-        signature.bind(**batch)
-    except TypeError as error:
-        raise TypeError(
-            f"batch {index} holds {', '.join(map(repr, batch))}, but the model's forward {error}; "
-            "pass forward=lambda model, batch: ... to hand over what it takes"
-        ) from None
-    return dict(batch)
+def _model_input(batch: Any, index: int) -> Any:
+    given = batch[0] if type(batch) in (tuple, list) and batch else batch
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, Mapping):
+        return dict(given)
+    raise TypeError(
+        f"batch {index}: the input is a {type(given).__name__}, not a tensor or a mapping of "
+        "keyword arguments; convert it, or pass forward=lambda model, batch: ... to run it"
+    )
 
 
 def _size(
     batch: Any, given: Any, index: int, batch_dim: int, count: Callable[[Any], int] | None
 ) -> int:
-    tensors = list(tensors_in(given))
-    if any(tensor.is_meta for tensor in tensors):
-        raise ValueError(f"batch {index} is on the meta device and has no values")
     if count is not None:
         size = int(count(batch))
-    elif isinstance(given, PackedSequence):
-        size = int(given.batch_sizes[0])
     else:
+        tensors = tensors_in(given)
         sizes = {x.shape[batch_dim] for x in tensors if -x.ndim <= batch_dim < x.ndim}
         sizes = sizes - {1} or sizes  # one row, such as position ids, serves all inputs
         if len(sizes) != 1:
@@ -372,52 +301,26 @@ def _size(
     return size
 
 
-def _finite(given: Any) -> bool:
-    for x in tensors_in(given):
-        if x.layout != torch.strided:
-            x = x.coalesce().values() if x.is_sparse else x.values()
-        if x.is_floating_point() and not x.isfinite().all():
-            return False
-    return True
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    """Return the value with its tensors on a device; itself if they are there already."""
-    if device is None or all(tensor.device == device for tensor in tensors_in(value)):
-        return value
-    if hasattr(value, "to"):
-        return value.to(device)
-    return tree_map_only(Tensor, lambda x: x.to(device), value)
+def unclear(sites: Mapping[str, str]) -> str:
+    """Say of which sites the units cannot be told, why, and what helps."""
+    listed = "".join(f"\n  {name!r}: {why}" for name, why in sites.items())
+    example = next(iter(sites), "")
+    return (
+        f"cannot tell along which dimension the units lie:{listed}\n"
+        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape), or None to leave a site out"
+    )
 
 
 def _notes(counter: _Counter) -> list[str]:
-    """Return what could not be seen, or was left out, sites of unknown units first."""
-    notes, ambiguous = [], counter.ambiguous
-    names = {key: counter.name_of(key) for key in counter.order}
+    """Return what could not be seen, sites of unknown units first."""
+    names = [*map(counter.name_of, counter.counts), *counter.ambiguous]
     given = counter.unit_dim if isinstance(counter.unit_dim, Mapping) else {}
     if unknown := [name for name in given if name not in counter.used_overrides]:
-        sites = ", ".join([*names.values(), *ambiguous]) or "none"
+        sites = ", ".join(names) or "none"
         raise ValueError(f"unit_dim names {unknown}, which the model did not call; sites: {sites}")
-    if ambiguous:
-        listed = "\n".join(f"  {site!r}: {why}" for site, why in ambiguous.items())
-        example = repr(next(iter(ambiguous)))
-        notes.append(
-            "SKIPPED: cannot tell along which dimension the units lie at these sites:\n"
-            f"{listed}\nSay so by unit_dim={{{example}: 1}} (a dimension of that shape), or leave "
-            f"a site out by unit_dim={{{example}: None}}."
-        )
-    idle = [
-        name
-        for name, module in counter._modules.items()
-        if isinstance(module, RECTIFIERS) and name not in counter.called
-    ]
-    smooth = [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]
-    constant = [name for key, name in names.items() if not counter.counts[key].site.data]
-    lists = {
-        "Without a silent region, so listed by family='all' only": smooth,
-        "Left out by unit_dim": sorted(name for name, dim in given.items() if dim is None),
-        "Independent of the inputs, so n = 1": constant,
-        "Never called as modules": idle,
-    }
+    notes = [f"SKIPPED: {unclear(counter.ambiguous)}."] * bool(counter.ambiguous)
     notes += counter.notes
-    return notes + [f"{what}: {', '.join(found)}." for what, found in lists.items() if found]
+    if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:
+        listed = ", ".join(smooth)
+        notes.append(f"Without a silent region, so listed by family='all' only: {listed}.")
+    return notes

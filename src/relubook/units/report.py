@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from relubook._optional import require
 
@@ -22,6 +23,8 @@ LOOKS = {
 }
 """Color and hatch of each state; each unit of a rectifier is in exactly one of them."""
 STATES = tuple(LOOKS)
+DORMANT = 0.025
+"""Largest score of a dormant unit (Sokar et al. 2023, https://arxiv.org/abs/2302.12902)."""
 
 S = TypeVar("S", bound=Any)
 
@@ -49,6 +52,76 @@ class SiteListing(Generic[S]):
         raise KeyError(f"no site {key!r}; the sites are {', '.join(s.name for s in self.sites)}")
 
 
+class UnitListing(SiteListing[S]):
+    """Sites with ``units`` of which some are ``dead`` or ``nonfinite``; ``print`` shows a table."""
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of dead units among the units of all rectifiers; dormant ones do not count."""
+        units = sum(site.units for site in self.sites if site.silences)
+        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
+
+    @property
+    def dead_layers(self) -> list[str]:
+        """Names of the sites whose units are all dead."""
+        return [site.name for site in self.sites if 0 < site.units == int(site.dead.sum())]
+
+    def assert_alive(self, max_dead: float = 0.0) -> None:
+        """Raise unless every site is alive: for tests and continuous integration.
+
+        Args:
+            max_dead: Largest share of dead units that a site may have, from 0 to 1. A dead layer
+                fails at any value below 1.
+
+        Raises:
+            AssertionError: If a site has a larger share, or a unit that saw NaN or infinity.
+            ValueError: If ``max_dead`` is not between 0 and 1.
+        """
+        if not 0 <= max_dead <= 1:
+            raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
+        faults = []
+        for site in self.sites:
+            dead, bad = int(site.dead.sum()), int(site.nonfinite.sum())
+            if bad or dead / max(site.units, 1) > max_dead:
+                whole = ", the whole layer" if dead == site.units else ""
+                share = f"{dead} of {site.units} units dead{whole}"
+                faults.append(f"{site.name}: {share}, {bad} non-finite")
+        if faults:
+            head = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
+            raise AssertionError("\n  ".join([head, *faults]))
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["site", "units", "dead", "non-finite"]]
+        for site in self.sites:
+            counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
+            rows.append([site.name, *(f"{count:,}" for count in counts)])
+        return rows
+
+    def _remarks(self) -> list[str]:
+        """Return what must not be overlooked in the table."""
+        remarks = [
+            f"DEAD LAYER: all {self[name].units} units of {name} are dead: "
+            "the network is constant behind it (save for paths around it)."
+            for name in self.dead_layers
+        ]
+        return remarks + [
+            f"NON-FINITE: {bad} units of {site.name} saw NaN or infinity; that is not silence."
+            for site in self.sites
+            if (bad := int(site.nonfinite.sum()))
+        ]
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        return "\n".join([*plain_table(rows, words=rows[0].index("units")), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        cells = [[html.escape(cell) for cell in row] for row in self._rows()]
+        header, *rows = (f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
+        table = f"<thead>{header.replace('td>', 'th>')}</thead><tbody>{''.join(rows)}</tbody>"
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<table>{table}</table>{remarks}"
+
+
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     """Return the lines of a table, with a rule below its header.
 
@@ -64,19 +137,19 @@ def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def silence_bound(inputs: int, confidence: float = 0.95) -> float:
-    """Bound the firing rate of a unit that was silent on n independent inputs.
+def silence_bound(inputs: int) -> float:
+    """Bound the firing rate of a unit that was silent on n independent inputs, with 95% confidence.
 
-    The exact one-sided bound for no success in n trials, about 3/n at 95%: the rate p at which
-    ``(1 - p) ** n == 1 - confidence`` (Clopper and Pearson 1934,
-    https://doi.org/10.1093/biomet/26.4.404). Positions of one input do not count; 1 for no input.
+    The exact one-sided bound for no success in n trials, about 3/n: the rate p at which
+    ``(1 - p) ** n == 0.05`` (Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404).
+    Positions of one input do not count; 1 for no input.
     """
-    return 1.0 if inputs < 1 else 1.0 - (1.0 - confidence) ** (1.0 / inputs)
+    return 1.0 if inputs < 1 else 1.0 - 0.05 ** (1.0 / inputs)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class SiteReport:
-    """What one rectifier did. All tensors have shape (units,).
+    """What one rectifier did, in counts, sums and maxima. All tensors have shape (units,).
 
     Attributes:
         name: The site's name, see :func:`relubook.units.diagnosis.diagnose`.
@@ -85,15 +158,14 @@ class SiteReport:
             through shape operations, pooling or dropout; ``None`` after anything else, as a sum.
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
             view spread them over several (attention heads): units are then counted row by row.
-        inputs: Number of independent inputs that reached the site; 1 if it depends on none.
-        observations: Number of values seen per unit: inputs times positions times calls.
         fired: ``int64``: on how many observations the unit was not silent.
         fired_inputs: ``int64``: on how many inputs it fired at one position at least. ``None``
             where the inputs cannot be told apart at the site.
         peak: Largest pre-activation.
         nonfinite: ``bool``: some pre-activation was NaN or infinite, which is no silence.
-        score: Mean absolute output over its mean across the layer; ``None`` unless
-            ``family="all"``. A unit with a score up to ``dormant_threshold`` is dormant.
+        magnitude: ``float64``: sum of its absolute outputs; ``None`` unless ``family="all"``.
+        inputs: Number of independent inputs that reached the site; 1 if it depends on none.
+        observations: Number of values seen per unit: inputs times positions times calls.
         silences: Whether the function can be silent; else no unit is ever dead.
         shape: Shape of the rectifier's input when the site was first reached.
         location: ``"file.py:12"``, the line of the model that made the call, if known.
@@ -104,18 +176,17 @@ class SiteReport:
     kind: str
     producer: str | None
     unit_dim: int | tuple[int, ...]
-    inputs: int
-    observations: int
     fired: Tensor
     fired_inputs: Tensor | None
     peak: Tensor
     nonfinite: Tensor
-    score: Tensor | None = None
-    dormant_threshold: float = 0.025
+    magnitude: Tensor | None = None
+    inputs: int = 0
+    observations: int = 0
     silences: bool = True
     shape: tuple[int, ...] = ()
     location: str | None = None
-    calls: int = 1
+    calls: int = 0
 
     @property
     def units(self) -> int:
@@ -127,13 +198,25 @@ class SiteReport:
         """Share of the observations on which each unit fired, ``float64``, shape (units,)."""
         return self.fired.double() / max(self.observations, 1)
 
-    def _judged(self, mask: Tensor) -> Tensor:
-        return mask & ~self.nonfinite if self.silences else torch.zeros_like(self.nonfinite)
+    @property
+    def state(self) -> Tensor:
+        """Place in ``STATES`` of the state of each unit, ``int64``, shape (units,)."""
+        dead, rare, mixed, always_on, nonfinite = range(len(STATES))
+        state = torch.full_like(self.fired, mixed)
+        if self.silences:
+            seldom = self.fired < RARE * self.observations
+            if self.fired_inputs is not None:
+                seldom = self.fired_inputs < RARE * self.inputs
+            state[seldom] = rare
+            state[self.fired == self.observations] = always_on
+            state[self.fired == 0] = dead
+        state[self.nonfinite] = nonfinite
+        return state
 
     @property
     def dead(self) -> Tensor:
         """Units silent on every observation, ``bool``, shape (units,)."""
-        return self._judged(self.fired == 0)
+        return self.state == STATES.index("dead")
 
     @property
     def rare(self) -> Tensor:
@@ -141,25 +224,30 @@ class SiteReport:
 
         Where ``fired_inputs`` is ``None``, on fewer than 1% of the observations.
         """
-        few = self.fired < RARE * self.observations
-        if self.fired_inputs is not None:
-            few = self.fired_inputs < RARE * self.inputs
-        return self._judged(few & (self.fired > 0) & ~self.always_on)
+        return self.state == STATES.index("rare")
 
     @property
     def always_on(self) -> Tensor:
         """Units that were never silent, so that they act linearly, ``bool``, shape (units,)."""
-        return self._judged(self.fired == self.observations)
+        return self.state == STATES.index("always on")
 
     @property
     def mixed(self) -> Tensor:
         """Units in none of the other states, ``bool``, shape (units,)."""
-        return ~(self.dead | self.rare | self.always_on | self.nonfinite)
+        return self.state == STATES.index("mixed")
+
+    @property
+    def score(self) -> Tensor | None:
+        """Mean absolute output over its mean across the layer; ``None`` unless ``family="all"``."""
+        if self.magnitude is None:
+            return None
+        return self.magnitude / self.magnitude.mean().clamp(min=torch.finfo(torch.double).tiny)
 
     @property
     def dormant(self) -> Tensor | None:
-        """Units with a score up to the threshold, ``bool``, shape (units,); ``None`` unscored."""
-        return None if self.score is None else self.score <= self.dormant_threshold
+        """Units with a score up to 0.025, ``bool``, shape (units,); ``None`` unscored."""
+        score = self.score
+        return None if score is None else score <= DORMANT
 
     @property
     def upper_bound(self) -> Tensor:
@@ -175,19 +263,10 @@ class SiteReport:
         """Share of dead units."""
         return int(self.dead.sum()) / max(self.units, 1)
 
-    @property
-    def dead_layer(self) -> bool:
-        """Whether all units are dead; the network is then constant behind the site."""
-        return self.units > 0 and bool(self.dead.all())
-
-    def masks(self) -> dict[str, Tensor]:
-        """Return the units in each state, by the names of ``STATES``."""
-        masks = (self.dead, self.rare, self.mixed, self.always_on, self.nonfinite)
-        return dict(zip(STATES, masks, strict=True))
-
     def counts(self) -> dict[str, int]:
         """Return how many units are in each state, by the names of ``STATES``."""
-        return {state: int(mask.sum()) for state, mask in self.masks().items()}
+        counts = self.state.bincount(minlength=len(STATES))
+        return dict(zip(STATES, counts.tolist(), strict=True))
 
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in self.counts().items() if count)
@@ -197,14 +276,13 @@ class SiteReport:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Report(SiteListing[SiteReport]):
+class Report(UnitListing[SiteReport]):
     """What ``diagnose`` found: a table where printed; ``report["name"]``, ``report[0]`` are a site.
 
     Attributes:
-        sites: One :class:`SiteReport` per rectifier, in execution order.
+        sites: One :class:`SiteReport` per rectifier, in the order of their first calls.
         inputs: Number of inputs the model saw.
         batches: Number of batches it saw.
-        skipped: Indices of batches that were left out because they held NaN or infinity.
         notes: What could not be seen, or was left out on purpose, in words.
         example: The input of the first batch, as it was given; ``None`` with ``forward=``.
     """
@@ -212,45 +290,8 @@ class Report(SiteListing[SiteReport]):
     sites: list[SiteReport]
     inputs: int = 0
     batches: int = 0
-    skipped: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     example: Any = None
-
-    @property
-    def dead_fraction(self) -> float:
-        """Share of dead units among the units of all rectifiers; dormant ones do not count."""
-        units = sum(site.units for site in self.sites if site.silences)
-        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
-
-    @property
-    def dead_layers(self) -> list[str]:
-        """Names of the sites whose units are all dead."""
-        return [site.name for site in self.sites if site.dead_layer]
-
-    def assert_alive(self, max_dead: float = 0.0) -> None:
-        """Raise unless every site is alive: for tests and continuous integration.
-
-        Args:
-            max_dead: Largest share of dead units that a site may have, from 0 to 1. A dead layer
-                fails at any value below 1.
-
-        Raises:
-            AssertionError: If a site has a larger share, or a unit that saw NaN or infinity.
-            ValueError: If ``max_dead`` is not between 0 and 1.
-        """
-        if not 0 <= max_dead <= 1:
-            raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
-        faults = [f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"]
-        for site in self.sites:
-            counts = site.counts()
-            dead = f"{counts['dead']} of {site.units} units dead"
-            if site.dead_fraction > max_dead:
-                whole = ", the whole layer" if site.dead_layer else ""
-                faults.append(f"{site.name}: {dead}{whole} (n = {site.inputs:,} inputs)")
-            if counts["non-finite"]:
-                faults.append(f"{site.name}: {counts['non-finite']} units non-finite")
-        if len(faults) > 1:
-            raise AssertionError("\n  ".join(faults))
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.
@@ -259,17 +300,14 @@ class Report(SiteListing[SiteReport]):
         fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
         """
         pandas = require("pandas", "tables of results")
-        names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
+        names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
         frames = []
         for site in self.sites:
-            states = torch.stack(list(site.masks().values())).int().argmax(0)
-            columns: dict[str, Any] = {"site": site.name, "kind": site.kind}
-            columns |= {"producer": site.producer, "unit": range(site.units)}
-            columns["state"] = [STATES[state] for state in states.tolist()]
-            for name in (*names, "score"):
-                value = getattr(site, name)
-                columns[name] = value.tolist() if isinstance(value, Tensor) else value
-            frame = pandas.DataFrame(columns)
+            cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
+            frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
+            frame.insert(0, "site", site.name)
+            frame.insert(3, "unit", range(site.units))
+            frame.insert(4, "state", [STATES[state] for state in site.state.tolist()])
             frames.append(frame.astype({"fired_inputs": float, "score": float}))
         return pandas.concat(frames, ignore_index=True)
 
@@ -283,8 +321,8 @@ class Report(SiteListing[SiteReport]):
             size = (5.2, 1.3 + 0.3 * len(self.sites))
             pyplot = require("matplotlib.pyplot", "figures")
             axes = pyplot.subplots(figsize=size, layout="constrained")[1]
-        shares = torch.tensor([list(site.counts().values()) for site in self.sites]).double()
-        shares /= shares.sum(1, keepdim=True).clamp(min=1)
+        counts = torch.tensor([list(site.counts().values()) for site in self.sites])
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         left = shares.cumsum(1) - shares
         for k, (state, (color, hatch)) in enumerate(LOOKS.items()):
             if shares[:, k].any():
@@ -314,17 +352,7 @@ class Report(SiteListing[SiteReport]):
         return rows
 
     def _remarks(self) -> list[str]:
-        remarks = [
-            f"DEAD LAYER: all {site.units} units of {site.name} are dead: "
-            "the network is constant behind it (save for paths around it)."
-            for site in self.sites
-            if site.dead_layer
-        ]
-        remarks += [
-            f"NON-FINITE: {count} units of {site.name} saw NaN or infinity; that is not silence."
-            for site in self.sites
-            if (count := int(site.nonfinite.sum()))
-        ]
+        remarks = super()._remarks()
         dead = sum(int(site.dead.sum()) for site in self.sites)
         if dead:
             fewest = min(site.inputs for site in self.sites if site.dead.any())
@@ -333,16 +361,4 @@ class Report(SiteListing[SiteReport]):
                 f"n = {fewest:,} independent inputs bounds a unit's firing rate by "
                 f"{silence_bound(fewest):.2%} (95%)."
             )
-        if self.skipped:
-            remarks.append(f"Left out for NaN or infinity: batches {self.skipped}.")
         return remarks + self.notes
-
-    def __repr__(self) -> str:
-        return "\n".join([*plain_table(self._rows(), words=2), *self._remarks()])
-
-    def _repr_html_(self) -> str:
-        cells = [[html.escape(cell) for cell in row] for row in self._rows()]
-        header, *rows = (f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
-        table = f"<thead>{header.replace('td>', 'th>')}</thead><tbody>{''.join(rows)}</tbody>"
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return f"<table>{table}</table>{remarks}"

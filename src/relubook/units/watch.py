@@ -2,17 +2,17 @@
 
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from relubook.units._readings import Audit, Followed, Hook, Reader
-from relubook.units.report import SiteListing, plain_table
+from relubook.units.diagnosis import unclear
+from relubook.units.report import UnitListing
 from relubook.units.sites import AmbiguousUnitsError, tensors_in, unwrapped
 
 __all__ = ["Event", "Watch", "WatchReport", "WatchedSite"]
@@ -52,6 +52,7 @@ class WatchedSite:
     name: str
     dead: Tensor
     peak: Tensor
+    silences: ClassVar[bool] = True
 
     @property
     def nonfinite(self) -> Tensor:
@@ -65,7 +66,7 @@ class WatchedSite:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WatchReport(SiteListing[WatchedSite]):
+class WatchReport(UnitListing[WatchedSite]):
     """All sites at the end of the last whole window; ``print`` shows a table.
 
     Attributes:
@@ -82,23 +83,10 @@ class WatchReport(SiteListing[WatchedSite]):
     inputs: int
     unfollowed: list[str]
 
-    @property
-    def dead_fraction(self) -> float:
-        """Share of dead units among those of all sites."""
-        units = sum(site.units for site in self)
-        return sum(int(site.dead.sum()) for site in self) / max(units, 1)
-
-    def __repr__(self) -> str:
-        rows, remarks = [["site", "units", "dead", "non-finite"]], []
-        for site in self:
-            counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
-            rows.append([site.name, *(f"{count:,}" for count in counts)])
-            if 0 < counts[0] == counts[1]:
-                remarks.append(f"DEAD LAYER: all {site.units} units of {site.name} are dead.")
-        if self.unfollowed:
-            remarks.append(f"Not followed: {', '.join(self.unfollowed)}.")
+    def _remarks(self) -> list[str]:
         steps = f"Steps {self.step - self.window + 1} to {self.step}, n = {self.inputs:,} inputs."
-        return "\n".join([*plain_table(rows), steps, *remarks])
+        unfollowed = [f"Not followed: {', '.join(self.unfollowed)}."] * bool(self.unfollowed)
+        return [steps, *super()._remarks(), *unfollowed]
 
 
 class Watch:
@@ -110,19 +98,19 @@ class Watch:
 
     Sites are found by an audit: before the first step the model runs once more on that step's
     input, without a trace (see :func:`relubook.units.sites.undisturbed`), save that its own hooks
-    run and what it writes to plain Python attributes stays. A part that this pass left out (an
-    expert, a layer under stochastic depth) is audited when it is first called. Hooks then read
-    each site's input where a module gets or returns it, as with ``nn.ReLU`` or
-    ``F.relu(self.fc(x))``. Sites that no hook can read, such as a function of a sum, and those of
-    a module that a later pass calls more or less often, are named in ``unfollowed`` and a warning.
+    run and what it writes to plain Python attributes stays. Hooks then read each site's input where
+    a module gets or returns it, as with ``nn.ReLU`` or ``F.relu(self.fc(x))``. Named in
+    ``unfollowed`` and a warning are sites that no hook can read, such as a function of a sum; those
+    of a module that a later pass calls more or less often; and parts that the audit left out and a
+    later pass calls (an expert, a layer under stochastic depth).
 
     A step is a forward pass in training mode with gradients on, or one of the ``optimizer`` if
     given. Eager training gives the same weights to the bit as without it. Autocast works, and
     ``torch.compile`` before or inside the ``with`` block: entry and exit discard all code compiled
     in the process, which would ignore new hooks, and compiled graphs break where the model is
     entered and left (``fullgraph=True`` raises). Under ``torch.distributed`` the peaks of all
-    processes, which must take as many steps, are merged after each window; parts that the audit
-    left out are then named only. A copy of a watched model is not watched.
+    processes, which must take as many steps, are merged after each window. A copy of a watched
+    model is not watched.
 
     Attributes:
         step: Number of steps seen.
@@ -137,7 +125,6 @@ class Watch:
             ``optimizer`` is looked through.
         unit_dim: As in :func:`relubook.units.diagnosis.diagnose`.
         batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
-        process_group: Processes to merge over. Default: all.
 
     Raises:
         TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
@@ -160,7 +147,6 @@ class Watch:
         optimizer: Any = None,
         unit_dim: int | Mapping[str, int | None] | None = None,
         batch_dim: int = 0,
-        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
@@ -172,27 +158,24 @@ class Watch:
         if optimizer is not None and not isinstance(inner, torch.optim.Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, not a {kind}")
-        self.window = window
-        self.optimizer, self.process_group = inner, process_group
+        self.window, self.optimizer = window, inner
         self.step = 0
         self.history: list[Event] = []
         self.unfollowed, self.notes = list[str](), list[str]()
         self._model = unwrapped(model)
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._handles: list[Any] = []
-        self._late: dict[str, Any] = {}
         self._readers: list[Reader] = []
-        self._audit: Audit | None = None
         self._sites: dict[str, Followed] = {}
-        self._passes: Counter[str] = Counter()
+        # Since the hooks were registered: the steps before, whether there was an audit, and a pass.
+        self._start, self._audited, self._seen = 0, False, False
         self._live, self._inputs = False, 0
         self._report: WatchReport | None = None
 
     def __enter__(self) -> "Watch":
         return self.attach()
 
-    def __exit__(self, error: object, *_: object) -> None:
-        self._passes["failed"] += error is not None
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def attach(self) -> "Watch":
@@ -204,104 +187,82 @@ class Watch:
         if self._handles:
             raise RuntimeError("this Watch is attached already")
         torch.compiler.reset()
-        self._passes.clear()
+        self._start, self._audited, self._seen = self.step, False, False
         self.unfollowed, self.notes = [], []
-        begin, end, step = Hook(self._begin), Hook(self._end), Hook(self._count_step)
+        begin, end = Hook(self._begin), Hook(self._end)
         self._handles = [
             self._model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(end, always_call=True),
         ]
         if self.optimizer is not None:
-            self._handles.append(self.optimizer.register_step_post_hook(step))
+            self._handles.append(self.optimizer.register_step_post_hook(Hook(self._count_step)))
         return self
 
     def close(self) -> None:
         """Remove all hooks, as leaving the ``with`` block does. What was computed stays.
 
-        Warns, and says why, if no step was seen since they were registered.
+        Warns if no step was seen since they were registered, and no exception is the reason.
         """
         if not self._handles:
             return
-        for handle in (*self._handles, *self._late.values(), *(r.handle for r in self._readers)):
+        for handle in (*self._handles, *(reader.handle for reader in self._readers)):
             handle.remove()
-        self._handles, self._late, self._readers, self._audit = [], {}, [], None
-        self._live = False
+        self._handles, self._readers, self._live = [], [], False
         torch.compiler.reset()
-        name, passes = type(self._model).__name__, self._passes
-        if passes["failed"] or (passes["seen"] and passes["step"]):
-            return
-        if passes["seen"]:
-            why = "the optimizer took none; it must be the one that the training loop steps"
-        elif passes["idle"]:
-            why = f"each call of {name} was in evaluation mode or with gradients off"
-        else:
-            why = (
-                f"{name} itself was not called. Watch the module that is: a loop may call only "
-                "parts of it, or another method (Lightning calls training_step); and code that "
-                "was compiled inside the block, for another model, runs without hooks"
+        if not (self._seen and self.step > self._start) and sys.exc_info()[0] is None:
+            name = type(self._model).__name__
+            warnings.warn(
+                f"Watch saw no step: {name} itself was not called in training mode with gradients "
+                "on, or the optimizer, if given, took none. A loop may call only parts of it, or "
+                "another method (Lightning calls training_step): watch the module that is called. "
+                "Code compiled inside the block, for another model, runs without hooks",
+                stacklevel=2,
             )
-        warnings.warn(f"Watch saw no step: {why}", stacklevel=2)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if Audit.running or not self._handles:  # compiled code calls removed hooks as well
             return
-        if not (module.training and torch.is_grad_enabled()):
-            self._passes["idle"] += 1
-            return
-        self._inputs += self._batch_size(args, kwargs)
-        self._live = True
-        if self._audit is None:
-            self._look(module, args, kwargs)
+        if module.training and torch.is_grad_enabled():
+            self._inputs += self._batch_size(args, kwargs)
+            self._live = True
+            if not self._audited:
+                self._look(args, kwargs)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._live or Audit.running:
             return
         self._live = False
-        first = not self._passes["seen"]
-        strange = [r for r in self._readers if (first and not r.count) | (not r.usual())]
+        first = not self._seen
+        strange = [r.site.name for r in self._readers if (first and not r.count) | (not r.usual())]
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
-        self._passes["seen"] += 1
-        if strange:
-            names = [reader.site.name for reader in strange]
-            self._leave_out(names, "called more or less often than in the audit, or in other ways")
+        self._seen = True
+        self._leave_out(strange, "called more or less often than in the audit, or in other ways")
         if self.optimizer is None:
             self._count_step()
 
     def _count_step(self, *_: Any) -> None:
-        self._passes["step"] += 1
         self.step += 1
         if self.step % self.window == 0:
             self._close_window()
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        first, dim = args[0] if args else None, self._options["batch_dim"]
-        if isinstance(first, nn.utils.rnn.PackedSequence):
-            return int(first.batch_sizes[0])
-        if not isinstance(first, Tensor):
-            first = next(iter(tensors_in((args, kwargs))), None)
+        first, dim = next(tensors_in((args, kwargs)), None), self._options["batch_dim"]
         return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Audit the model, or a part of it, and hook its sites."""
-        audit = self._audit or Audit(self._model, **self._options)
-        audit.run(module, self._batch_size(args, kwargs), args, kwargs)
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Audit the model, and hook its sites."""
+        audit = Audit(self._model, **self._options)
+        audit.run(self._model, self._batch_size(args, kwargs), args, kwargs)
         self.notes = list(audit.notes)
-        unclear = "cannot tell along which dimension the units lie: "
-        unclear += "; ".join(f"{name}: {why}" for name, why in audit.ambiguous.items())
-        unclear += ". Pass unit_dim={name: dimension}, or None for one to leave out"
-        called = {name for name, _ in audit.counts}
-        if self._audit is None:
-            if audit.ambiguous and not audit.found:
-                raise AmbiguousUnitsError(unclear)
-            if not audit.found:
-                raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
-            for name in audit.modules.keys() - called:
-                register = audit.modules[name].register_forward_pre_hook
-                self._late[name] = register(Hook(partial(self._meet, name)), with_kwargs=True)
-        self._audit = audit
-        for name in called & self._late.keys():
-            self._late.pop(name).remove()
+        if not audit.found:
+            if audit.ambiguous:
+                raise AmbiguousUnitsError(unclear(audit.ambiguous))
+            raise ValueError("; ".join(["the model called no rectifier", *self.notes]))
+        self._audited = True
+        for name in audit.modules.keys() - {name for name, _ in audit.counts}:
+            meet = Hook(partial(self._meet, name))
+            self._handles.append(audit.modules[name].register_forward_pre_hook(meet))
         for key, site in audit.found.items():
             site.name = audit.name_of(key)
             old = self._sites.get(site.name, site)  # from an earlier with block
@@ -311,20 +272,16 @@ class Watch:
             for place in site.ways:
                 reader = Reader(self, site, place, audit)
                 self._readers.append(reader)
-                if audit.modules[place[0]] is module and not place[1]:  # its call is under way
-                    reader(module, args)
+                if place == ("", False):  # the model's input: its call is under way
+                    reader(self._model, args)
         unread = [site.name for site in audit.found.values() if site.unread]
         self._leave_out(unread, "no module gets or returns what they rectify")
-        self._leave_out(list(audit.ambiguous), unclear)
+        self._leave_out(list(audit.ambiguous), unclear(audit.ambiguous))
 
-    def _meet(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Audit a part that no pass has called so far."""
-        if not self._live or Audit.running or name not in self._late:
-            return
-        if self._processes() == 1:
-            self._look(module, args, kwargs)
-        else:  # the extra pass of one process might wait for the others
-            self._late.pop(name).remove()
+    def _meet(self, name: str, *_: Any) -> None:
+        """Name a part that the audit did not reach, but none inside of it."""
+        inside = any(name.startswith(f"{part}.") for part in self.unfollowed)
+        if self._live and not Audit.running and not inside:
             self._leave_out([name], "the audit did not reach it")
 
     def _leave_out(self, names: Sequence[str], why: str) -> None:
@@ -337,20 +294,15 @@ class Watch:
         if new:
             warnings.warn(f"Watch: hooks cannot follow {', '.join(new)}: {why}", stacklevel=2)
 
-    def _processes(self) -> int:
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        return 1 if alone else torch.distributed.get_world_size(self.process_group)
-
-    def _merge(self) -> int:
-        """Merge the peaks of all processes, and return the number of their inputs."""
+    def _merge(self) -> None:
+        """Merge the peaks and the numbers of inputs of all processes."""
         for site in self._sites.values():
             site.peak[site.peak.isnan()] = torch.inf
         peaks = {name: (site.level, site.peak.cpu()) for name, site in self._sites.items()}
-        mine = (self._inputs, peaks, self.unfollowed)
-        every: list[Any] = [None] * self._processes()
-        torch.distributed.all_gather_object(every, mine, group=self.process_group)
-        self.unfollowed = list(dict.fromkeys(name for _, _, names in every for name in names))
-        for _, sites, _ in every:
+        every: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, (self._inputs, peaks, self.unfollowed))
+        for _, sites, unfollowed in every:
+            self.unfollowed += [name for name in unfollowed if name not in self.unfollowed]
             for name, (level, peak) in sites.items():
                 if name not in self._sites:  # reached elsewhere only
                     dead = torch.zeros(len(peak), dtype=torch.bool)
@@ -358,11 +310,12 @@ class Watch:
                 site = self._sites[name]
                 torch.maximum(site.peak, peak.to(site.peak.device), out=site.peak)
         self._sites = {n: site for n, site in self._sites.items() if n not in self.unfollowed}
-        return sum(inputs for inputs, _, _ in every)
+        self._inputs = sum(inputs for inputs, _, _ in every)
 
     @torch.no_grad()
     def _close_window(self) -> None:
-        inputs = self._inputs if self._processes() == 1 else self._merge()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._merge()
         first = self.step - self.window + 1
         states, events = [], []
         for site in self._sites.values():
@@ -374,9 +327,10 @@ class Watch:
             site.dead = dead
             states.append(WatchedSite(site.name, dead, peak.float()))
             site.peak.fill_(-torch.inf)
-        self._inputs = 0
         self.history = [*self.history, *events]
-        self._report = WatchReport(states, self.step, self.window, inputs, list(self.unfollowed))
+        unfollowed = list(self.unfollowed)
+        self._report = WatchReport(states, self.step, self.window, self._inputs, unfollowed)
+        self._inputs = 0
 
     def compute(self) -> WatchReport:
         """Return the state at the end of the last whole window.
@@ -390,14 +344,6 @@ class Watch:
             message = f"no window of {self.window} steps is complete: {self.step} steps were seen"
             raise RuntimeError(f"{message}, in training mode with gradients on")
         return self._report
-
-    def reset(self) -> None:
-        """Forget peaks, deaths, the history and the step count; stay attached."""
-        self.step = self._inputs = 0
-        self.history, self._report = [], None
-        for site in self._sites.values():
-            site.peak.fill_(-torch.inf)
-            site.dead = torch.zeros_like(site.dead)
 
     def nbytes(self) -> int:
         """Return the bytes held for all units, without the history."""
