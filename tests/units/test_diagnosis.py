@@ -969,7 +969,10 @@ def test_experts_count_only_what_reaches_them():
 def test_nonfinite_data(value):
     good, bad = torch.randn(4, 5), torch.randn(4, 5)
     bad[1, 2] = value
-    report = diagnose(Functional(), [good, bad, good])
+    with pytest.raises(ValueError, match="batch 1 holds NaN or infinity.*forward="):
+        diagnose(Functional(), [good, bad, good])
+    meant = lambda model, x: model(x)  # noqa: E731
+    report = diagnose(Functional(), [good, bad, good], forward=meant)
     assert (report.inputs, report.batches) == (12, 3)
     assert all(site.nonfinite.all() and not site.dead.any() for site in report)
     assert "NON-FINITE: 7 units" in repr(report)

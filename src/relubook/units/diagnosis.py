@@ -165,7 +165,8 @@ def diagnose(
             single tensor or mapping is one batch. With ``forward``, anything. It is moved to the
             model's device, if it has one only.
         mode: ``"train"`` or ``"eval"``. Default: as the model is.
-        forward: ``forward(model, batch)`` runs the model, for batches of any other kind.
+        forward: ``forward(model, batch)`` runs the model, for batches of any other kind and such
+            as hold NaN or infinity on purpose.
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
             size along ``batch_dim`` on which the tensors of the batch agree, save those of size 1.
         family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (GELU, SiLU,
@@ -183,9 +184,10 @@ def diagnose(
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
             inputs and targets, or holds a key that the model does not take.
-        ValueError: If the data hold no batch or an empty one; if the number of inputs cannot be
-            told; if no rectifier was called; if ``unit_dim`` names no site or no dimension; or if a
-            parameter has no values yet.
+        ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
+            ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
+            was called; if ``unit_dim`` names no site or no dimension; or if a parameter has no
+            values yet.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
         RuntimeError: If the model is compiled and torch is older than 2.6.
@@ -224,6 +226,11 @@ def diagnose(
             given = batch if forward is not None else _model_input(batch, index)
             size = _size(batch, given, index, batch_dim, count)
             example = given if forward is None and not done else example
+            if forward is None and not all(map(_finite, tensors_in(given))):
+                raise ValueError(
+                    f"batch {index} holds NaN or infinity; leave it out, or pass "
+                    "forward=lambda model, batch: ... if it is meant"
+                )
             if device is not None:
                 move = methodcaller("to", device)
                 given = move(given) if hasattr(given, "to") else tree_map_only(Tensor, move, given)
@@ -299,6 +306,12 @@ def _size(
     if size < 1:
         raise ValueError(f"batch {index} is empty: it holds {size} inputs")
     return size
+
+
+def _finite(x: Tensor) -> bool:
+    if x.layout != torch.strided:
+        x = x.coalesce().values() if x.is_sparse else x.values()
+    return not x.is_floating_point() or bool(x.isfinite().all())
 
 
 def unclear(sites: Mapping[str, str]) -> str:
