@@ -199,6 +199,9 @@ class SiteFinder(TorchDispatchMode):
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         """Take note of one call: its site, its pre-activation (gone if in place), its output."""
 
+    def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
+        """Take note of any operator: its arguments by name, and its results."""
+
     @property
     def ambiguous(self) -> dict[str, str]:
         """Names of the sites that were skipped since their units cannot be told, and why."""
@@ -341,7 +344,8 @@ class SiteFinder(TorchDispatchMode):
         if site is not None:
             self.observe(site, x, out)
         if not operator.endswith("_like") and not operator.startswith("new_"):
-            self._numbers.propagate(operator, func, args, bound, out)
+            self._numbers.propagate(operator, func, bound, out)
+        self.passed(operator, func, bound, out)
         return out
 
     def _site(self, shown: str, kind: Kind, x: Tensor) -> Site | None:
