@@ -33,7 +33,8 @@ from relubook.units._numbers import (
 from relubook.units.sites import Site, SiteFinder, tensors_in, undisturbed
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (*REPAIRED, *TRANSPOSED)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.SyncBatchNorm)
 WORDS = dict.fromkeys(("add", "sub", "rsub"), "a sum (a residual connection)")
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
@@ -281,7 +282,7 @@ class Tracer(SiteFinder):
         known = [x for x in given if x in self._of]
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
             dims = list(range(first.ndim - int(spatial[1]), first.ndim))
-        elif "dim" in bound and first.shape != shape:
+        elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
             dims = gone(bound["dim"], first.ndim)
         elif operator == "mul" or rectifies or operator in {*SAME, "constant_pad_nd"}:
             pass
@@ -340,7 +341,7 @@ class Tracer(SiteFinder):
                 raise Unpaired(f"{what} lies between {before[0]!r} and the layers")
         if (uses := len(self.ways[name].sites)) > 1:
             raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
-        layer, units = self._check(name, LAYERS), dead.nonzero().flatten()
+        layer, units = self._check(name, REPAIRED), dead.nonzero().flatten()
         outputs = getattr(layer, "out_features", None) or layer.out_channels
         dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         if outputs != len(dead) or site.unit_dim not in (dim, dim + len(site.shape)):

@@ -23,7 +23,6 @@ True
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -180,15 +179,15 @@ def revive_(
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     changes, fresh = [], list[_Fresh]()
     with torch.no_grad(), ExitStack() as undo:  # puts all back, unless it is emptied
-        before, _ = _outputs(model, batch)
+        before = _outputs(model, batch)
         for plan in plans:
             repair = _Repair(plan)
             with repair.undo:
                 repair.undo.callback(generator.set_state, generator.get_state())
                 repair.cut()
                 repair.draw(init, generator)
-                silent = repair.center(_outputs(model, batch, plan.layer)[1])
-                after, _ = _outputs(model, batch)
+                silent = repair.center(*_outputs(model, batch, plan.layer))
+                after = _outputs(model, batch)
                 if len(before) != len(after) or not all(map(_is_same, before, after)):
                     reasons[plan.site] = _MOVED
                     continue
@@ -203,22 +202,23 @@ def revive_(
     return Revival(tuple(changes), left)
 
 
-def _outputs(model: nn.Module, batch: Any, layer: Any = None) -> tuple[list[Tensor], Any]:
-    """Run the model on the batch in evaluation mode: its outputs, and those of a layer."""
+def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> list[Tensor]:
+    """Run the model on the batch in evaluation mode: what it returns, or what a layer does."""
     seen: list[Tensor] = []
     with undisturbed(model), ExitStack() as stack:
         model.eval()
         if layer is not None:
             hook = layer.register_forward_hook(lambda module, args, out: seen.append(out))
             stack.callback(hook.remove)
-        return list(tensors_in(run(model, batch))), seen
+        out = run(model, batch)
+    return seen or list(tensors_in(out))
 
 
 class _Fresh(NamedTuple):
     """Entries of a parameter that start anew, and whether they are outgoing weights."""
 
     parameter: Tensor
-    index: Any
+    entries: Tensor
     outgoing: bool
 
 
@@ -230,68 +230,63 @@ class _Repair:
         self.undo = ExitStack()
         self.fresh: list[_Fresh] = []
 
-    def write(self, tensor: Tensor, index: Any, value: Any, outgoing: bool = False) -> None:
+    def write(self, tensor: Tensor, index: Tensor, value: Any, outgoing: bool = False) -> None:
         """Set entries, and note that they start anew."""
         self.undo.callback(tensor.copy_, tensor.clone())
+        index = index.to(tensor.device)
         tensor[index] = torch.as_tensor(value).to(tensor)
         self.fresh.append(_Fresh(tensor, index, outgoing))
 
     def cut(self) -> None:
         """Set the outgoing weights to zero."""
         for sink in self.plan.sinks:
-            weight, bias = sink.module.weight, sink.module.bias
-            columns, constant = sink.columns.to(weight.device), sink.constant.to(weight.device)
-            if not isinstance(sink.module, TRANSPOSED):
-                outputs, per_group = weight.shape[:2]
-                rows = outputs // getattr(sink.module, "groups", 1)
-                columns, constant = (
-                    x.view(-1, 1, per_group).expand(-1, rows, -1).reshape(outputs, per_group)
-                    for x in (columns, constant)
-                )
+            module, columns = sink.module, sink.columns
+            if not isinstance(module, TRANSPOSED):
+                outputs, inputs = module.weight.shape[:2]  # inputs of one group
+                row = torch.arange(outputs) // (outputs // getattr(module, "groups", 1))
+                columns = columns.view(-1, inputs)[row]
                 if sink.is_folded:
-                    self.undo.callback(bias.copy_, bias.clone())
-                    sums = weight.double().reshape(outputs, per_group, -1).sum(2)
-                    bias.copy_(bias.double() + (sums * constant).sum(1))
-            self.write(weight, columns, 0.0, outgoing=True)
+                    constant = sink.constant.view(-1, inputs)[row].to(module.weight.device)
+                    weight = module.weight.double().reshape(outputs, inputs, -1).sum(2)
+                    bias = module.bias.double() + (weight * constant).sum(1)
+                    self.undo.callback(module.bias.copy_, module.bias.clone())
+                    module.bias.copy_(bias)
+            self.write(module.weight, columns, 0.0, outgoing=True)
 
     def draw(self, init: Callable[..., Any], generator: torch.Generator) -> None:
         """Draw the incoming weights."""
         layer, units = self.plan.layer, self.plan.units
-        index = _incoming(layer, units)
         exact = torch.promote_types(layer.weight.dtype, torch.float32)
-        fresh = torch.empty(layer.weight[index].shape, dtype=exact, device=generator.device)
+        shape = (len(units), *layer.weight.shape[1:])
+        fresh = torch.empty(shape, dtype=exact, device=generator.device)
         init(fresh, generator=generator)
-        if isinstance(layer, TRANSPOSED):
-            # One tap in `stride` reaches an output position, so the fan-in is that much smaller.
-            fresh *= prod(layer.stride) ** 0.5
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
-        self.write(layer.weight, index, fresh)
-        resets = [(layer.bias, 0.0)]
+        resets = [(layer.weight, fresh), (layer.bias, 0.0)]
         if self.plan.before is not None:
             norm = self.plan.before[1]
             resets += [(norm.weight, 1.0), (norm.bias, 0.0)]
         for parameter, value in resets:
             if parameter is not None:
-                self.write(parameter, units.to(parameter.device), value)
+                self.write(parameter, units, value)
 
-    def center(self, outputs: list[Tensor]) -> int:
+    def center(self, out: Tensor) -> int:
         """Give the fresh units mean 0 on the batch, and return how many are silent on it still."""
-        layer, (out,) = self.plan.layer, outputs
-        at = self.plan.units.to(out.device)
-        values = out.movedim(unit_dim(layer, out), -1)[..., at].double().reshape(-1, len(at))
+        layer, units = self.plan.layer, self.plan.units
+        values = out.movedim(unit_dim(layer, out), -1)[..., units.to(out.device)]
+        values = values.double().reshape(-1, len(units))
         variance, mean = torch.var_mean(values, dim=0, correction=0)
         if self.plan.before is not None:
             norm = self.plan.before[1]
             for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
                 if buffer is not None:
-                    self.write(buffer, at, value)
+                    self.write(buffer, units, value)
         elif layer.bias is not None:
-            self.write(layer.bias, at, -mean)
+            self.write(layer.bias, units, -mean)
         else:
-            index, sign = _incoming(layer, self.plan.units), torch.where(mean < 0, -1.0, 1.0)
-            signs = sign.reshape(-1, *[1] * (layer.weight.dim() - 1)).to(layer.weight)
-            self.write(layer.weight, index, layer.weight[index] * signs)
+            sign = torch.where(mean < 0, -1.0, 1.0)
+            weight = layer.weight[units.to(out.device)]
+            self.write(layer.weight, units, (weight.movedim(0, -1) * sign).movedim(-1, 0))
             values, mean = values * sign, torch.zeros_like(mean)
         return int((values.amax(0) <= mean).sum())
 
@@ -305,34 +300,23 @@ def _change(plan: Plan, silent: int) -> Change:
 
 def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[_Fresh], undo: ExitStack) -> None:
     """Let the optimizer's state of the entries that start anew do so too."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            anew = torch.zeros_like(parameter, dtype=torch.bool)
-            outgoing = anew.clone()
-            for entry in fresh:
-                if entry.parameter is parameter:
-                    anew[entry.index], outgoing[entry.index] = True, entry.outgoing
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                    continue
-                undo.callback(value.copy_, value.clone())
-                at, others = anew.to(value.device), value[~anew.to(value.device)]
-                begin = "lr" if key == "step_size" else "initial_accumulator_value"
-                start = float(group.get(begin, 0.0))
-                value[at] = parameter.to(value)[at] if key == "ax" else start
-                if key in _SECOND_MOMENTS and len(others):
-                    value[outgoing.to(value.device)] = others.mean()
-
-
-def _incoming(layer: Any, units: Tensor) -> Any:
-    """The index of the weights of some units, ``(units, in, ...)``."""
-    units = units.to(layer.weight.device)
-    if not isinstance(layer, TRANSPOSED):
-        return units
-    inputs, per_group = layer.weight.shape[:2]
-    rows = inputs // layer.groups
-    at = units[:, None] // per_group * rows + torch.arange(rows, device=units.device)
-    return at, (units % per_group)[:, None]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in {id(entry.parameter): entry.parameter for entry in fresh}.values():
+        anew = torch.zeros_like(parameter, dtype=torch.bool)
+        outgoing = anew.clone()
+        for entry in fresh:
+            if entry.parameter is parameter:
+                anew[entry.entries], outgoing[entry.entries] = True, entry.outgoing
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                continue
+            undo.callback(value.copy_, value.clone())
+            at, others = anew.to(value.device), value[~anew.to(value.device)]
+            begin = "lr" if key == "step_size" else "initial_accumulator_value"
+            start = float(groups[id(parameter)].get(begin, 0.0))
+            value[at] = parameter.to(value)[at] if key == "ax" else start
+            if key in _SECOND_MOMENTS and len(others):
+                value[outgoing.to(value.device)] = others.mean()
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
