@@ -935,15 +935,6 @@ def test_the_number_of_inputs():
     assert (report.sites[0].inputs, report.sites[0].observations) == (1, 6)
 
 
-def test_a_batch_read_as_time_is_pointed_out():
-    model = nn.RNN(3, 4, nonlinearity="relu")
-    report = diagnose(nn.Sequential(model), [torch.randn(5, 2, 3)])
-    assert "batch_first=False" in repr(report)
-    assert "batch_first=False" not in repr(
-        diagnose(nn.Sequential(model), [torch.randn(5, 2, 3)], batch_dim=1)
-    )
-
-
 def test_experts_count_only_what_reaches_them():
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -30,7 +30,7 @@ from relubook.units._numbers import (
     summed,
     unit_dim,
 )
-from relubook.units.sites import Site, SiteFinder, tensors_in, undisturbed
+from relubook.units.sites import Site, SiteFinder, tensors_in
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -165,15 +165,11 @@ class Tracer(SiteFinder):
 
     def trace(self, model: nn.Module, batch: Any, training: bool = False) -> None:
         """Run the model on a batch, and leave no trace."""
-        with undisturbed(model):
+        with self.attached(model):
             model.train(training)
-            try:
-                self.attach()
-                self.begin(0, ())
-                with self:
-                    out = run(model, batch)
-            finally:
-                self.detach()
+            self.begin(0, ())
+            with self:
+                out = run(model, batch)
         for x in tensors_in(out):
             self._end(self._of.get(x), "the model's output")
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -231,6 +232,16 @@ class SiteFinder(TorchDispatchMode):
         self._boundary = None
         self._numbers.clear()
 
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Let passes of a model, or a part of it, be seen and leave no trace."""
+        with undisturbed(model):
+            try:
+                self.attach()
+                yield
+            finally:
+                self.detach()
+
     def begin(self, batch_size: int, inputs: Any) -> None:
         """Start a pass over a batch of so many inputs, with what the model will be called with."""
         self.batch_size = batch_size
@@ -263,13 +274,6 @@ class SiteFinder(TorchDispatchMode):
             self._stack.append((name, self._found))
             self._numbers.running = name
             self.called.add(name)
-            if not getattr(module, "batch_first", True) and args:
-                inputs = getattr(self._numbers.of(args[0]), "inputs", None)
-                if inputs is not None and inputs.ndim == 3 and along(inputs) == [0]:
-                    self._note(
-                        f"{name} has batch_first=False and so reads the batch as time; if that is "
-                        "meant, pass batch_dim=1, since n counts the inputs of the batch"
-                    )
 
         return hook
 
