@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from relubook.units._numbers import (
     summed,
     unit_dim,
 )
-from relubook.units.sites import Site, SiteFinder, tensors_in
+from relubook.units.sites import Site, SiteFinder, hook, tensors_in
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -178,7 +177,7 @@ class Tracer(SiteFinder):
         super().attach()
         for name, module in self._modules.items():
             if is_plain(module, (*LAYERS, *NORMS)):
-                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                enter, leave = hook(self._enter, name), hook(self._leave, name)
                 self._handles += [
                     module.register_forward_pre_hook(enter, with_kwargs=True),
                     module.register_forward_hook(leave, with_kwargs=True, prepend=True),
