@@ -243,19 +243,16 @@ class Numbering:
         data = [tag for tag in tags if not tag.weight]
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
-        units = inputs = [None] * len(results)
-        if moves and data:
-            units = self._moved(operator, func, bound, "units") or units
-            inputs = self._moved(operator, func, bound, "inputs") or inputs
+        moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
         for k, result in enumerate(results):
             if not isinstance(result, Tensor) or id(result) in self.owners:
                 continue
             if not data and operator != "embedding":
                 tag = weights[0]
             elif moves:
-                tag = self._moved_tag(
-                    operator, next(iter(bound.values())), data, units[k], inputs[k]
-                )
+                first = self.of(next(iter(bound.values()))) or data[0]
+                units, inputs = (numbers and numbers[k] for numbers in moved)
+                tag = self._moved_tag(operator, first, units, inputs)
             else:
                 tag = self._tag_of(operator, bound, data, weights, tuple(result.shape))
             self.tags[result] = tag
@@ -302,13 +299,12 @@ class Numbering:
         return told
 
     def _moved_tag(
-        self, operator: str, given: Any, data: list[Tag], units: Tensor | None, inputs: Any
+        self, operator: str, first: Tag, units: Tensor | None, inputs: Tensor | None
     ) -> Tag:
-        first = (self.of(given) or data[0]) if isinstance(given, Tensor) else data[0]
         if units is None:
             known = first.units is not None or first.weight
             reason = f"its units were lost in {operator}" if known else first.reason
-            return Tag(None, inputs, any(tag.data for tag in data), reason)
+            return Tag(None, inputs, first.data, reason)
         near = first.near and operator in VIEWS
         if near and first.units is not None:
             near = core(units).numel() == core(first.units).numel()

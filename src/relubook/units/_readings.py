@@ -41,9 +41,7 @@ class Followed:
 def channel_peak(x: Tensor, dim: int) -> Tensor:
     """Return the largest value at each index of a dimension: shape ``(x.shape[dim],)``.
 
-    Args:
-        x: Any shape, not empty. NaN spreads.
-        dim: The dimension, counted from the end: negative.
+    It is counted from the end, and so negative. NaN spreads.
     """
     if x.ndim == 1:
         return x

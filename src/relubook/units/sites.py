@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relubook.units._kinds import COMPOSED, Kind, classify, is_zero
+from relubook.units._kinds import Kind, classify, is_zero
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
 from relubook.units._undisturbed import undisturbed, unwrapped
 
@@ -193,7 +193,7 @@ class SiteFinder(TorchDispatchMode):
         self._ranks: dict[tuple[Any, ...], int] = {}
         self._bases: Counter[str] = Counter()
         self._unplaced: dict[tuple[Any, ...], str] = {}
-        self._operators: dict[Any, tuple[str, tuple[str, ...], bool]] = {}
+        self._operators: dict[Any, tuple[str, list[str], bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -281,12 +281,6 @@ class SiteFinder(TorchDispatchMode):
         if not self._stack or self._stack[-1][0] != name:
             return
         numbers, first = self._numbers, args[0] if args else None
-        composed = COMPOSED.get(type(module).__name__)
-        if composed and isinstance(first, Tensor) and isinstance(output, Tensor):
-            site = self._site("", composed, first)
-            if site is not None:
-                self.before(site, first)
-                self.observe(site, first, output)
         found = self._found > self._stack.pop()[1]
         numbers.running = self._stack[-1][0] if self._stack else ""
         if not self._stack:
@@ -318,7 +312,7 @@ class SiteFinder(TorchDispatchMode):
             # Another library's operator may have the name of one of ATen's.
             name = schema.name.removeprefix("aten::")
             name = name if name.endswith("__") else name.removesuffix("_")
-            names = tuple(argument.name for argument in schema.arguments)
+            names = [argument.name for argument in schema.arguments]
             implicit = torch._C._dispatch_has_kernel_for_dispatch_key
             composite = implicit(func.name(), "CompositeImplicitAutograd")
             self._operators[func] = name, names, composite
