@@ -157,6 +157,20 @@ def test_a_site_that_depends_on_no_input_has_one():
     assert "Independent of the inputs, so n = 1: relu()#2" in repr(report)
 
 
+def test_constants_in_front_of_data_do_not_hide_it():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.fc = nn.Embedding(2, 4), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.places(torch.arange(2)).expand(len(x), 2, 4)
+            return F.relu(torch.cat([places, self.fc(x)[:, None]], 1))
+
+    site = diagnose(Joined(), [torch.randn(6, 5)])[0]
+    assert (site.inputs, site.observations, site.units) == (6, 18, 4)
+
+
 # Which calls are rectifiers
 
 

@@ -251,8 +251,8 @@ class Numbering:
                 tag = weights[0]
             elif moves:
                 first = self.of(next(iter(bound.values()))) or data[0]
-                units, inputs = (numbers and numbers[k] for numbers in moved)
-                tag = self._moved_tag(operator, first, units, inputs)
+                first = first._replace(data=any(tag.data for tag in data))
+                tag = self._moved_tag(operator, first, *(own and own[k] for own in moved))
             else:
                 tag = self._tag_of(operator, bound, data, weights, tuple(result.shape))
             self.tags[result] = tag
@@ -305,8 +305,8 @@ class Numbering:
             known = first.units is not None or first.weight
             reason = f"its units were lost in {operator}" if known else first.reason
             return Tag(None, inputs, first.data, reason)
-        near = first.near and operator in VIEWS
-        if near and first.units is not None:
+        near = first.near and operator not in PICKS
+        if near and operator in VIEWS and first.units is not None:
             near = core(units).numel() == core(first.units).numel()
         return first._replace(units=units, inputs=inputs, near=near)
 
@@ -319,10 +319,7 @@ class Numbering:
         if operator in SAME:
             return first
         if operator in SHAPES:
-            units, inputs = reshaped(first.units, shape), reshaped(first.inputs, shape)
-            if units is None and first.units is not None:
-                return Tag(None, inputs, first.data, f"its units were lost in {operator}")
-            return first._replace(units=units, inputs=inputs)
+            return self._moved_tag(operator, first, *(reshaped(own, shape) for own in first[:2]))
         if operator in FACTORS:
             return self._product(operator, bound, shape)
         if "convolution" in operator:
@@ -338,7 +335,7 @@ class Numbering:
         given, dims = bound.get("self"), bound.get("dim", ())
         if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
             dims = gone(dims, given.ndim)
-            units, inputs = summed(first.units, dims, shape), summed(first.inputs, dims, shape)
+            units, inputs = (summed(own, dims, shape) for own in first[:2])
             reason = first.reason if first.units is None else "its units were summed up"
             return Tag(units, inputs, first.data, reason, first.layer)
         tag = merged(data, shape)
