@@ -119,6 +119,21 @@ class ReadsDtype(nn.Module):
         return self.next((x * 2.0).to(self.next.weight.dtype))
 
 
+class Gated(nn.Module):
+    """The units are multiplied by others, masked, enlarged and padded before they are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(2, 6, 3), nn.Conv2d(2, 6, 3)
+        self.next = nn.Conv2d(6, 2, 3)
+
+    def forward(self, x):
+        h = F.relu(self.conv(x)) * self.gate(x).sigmoid()
+        h = torch.where(h > 0.1, h, 0.0)
+        h = torch.native_dropout(h, 0.5, self.training)[0]
+        return self.next(F.pad(F.interpolate(h, scale_factor=2), (1, 1, 1, 1)))
+
+
 class Squeeze(nn.Module):
     """A block behind control flow that cannot be traced."""
 
@@ -149,6 +164,7 @@ KEPT = {
     "functional, view": (Functional, "conv", X2, True),
     "functional, clamp": (Functional, "fc", X2, True),
     "joined branches": (Branches, "conv", X2, False),
+    "gated": (Gated, "conv", X2, True),
     "dtype read": (ReadsDtype, "fc", (64, 4), True),
     "control flow outside": (Squeeze, "block.0", (64, 4), True),
     "control flow between": (Leaves, "block.0", (64, 4), True),
@@ -487,6 +503,23 @@ class Flipped(nn.Module):
         return x.flip(1)
 
 
+class Chosen(nn.Module):
+    """What another layer computes is kept where a unit fires, or written into its place."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc, self.other, self.next = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.how = how
+
+    def forward(self, x):
+        h, other = F.relu(self.fc(x)), self.other(x)
+        if self.how == "where":
+            return self.next(torch.where(h > 0, h, other))
+        out = torch.zeros(len(x), 4)
+        out[:, :] = h
+        return self.next(out)
+
+
 class BothSigns(nn.Module):
     """One rectifier gets what a layer computes, another its negative."""
 
@@ -563,6 +596,8 @@ LEFT = {
         lambda: chain(nn.ReLU(), nn.AvgPool1d(3, 1, 1), nn.Linear(4, 4)), "fc", "AvgPool1d"),
     "shuffled": (lambda: chain(Flipped(), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)), "m1",
                  "something lies between 'm1'"),
+    "where": (lambda: Chosen("where"), "fc", r"reach where\(\)"),
+    "written": (lambda: Chosen("write"), "fc", r"reach copy\(\)"),
     "both signs": (BothSigns, "fc", r"2 places or more, one is neg\(\)"),
     "norm after, layer norm": (
         lambda: chain(nn.ReLU(), nn.BatchNorm1d(4), nn.LayerNorm(4)), "fc", "LayerNorm"),

@@ -236,54 +236,60 @@ class Tracer(SiteFinder):
     def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
         """Let the numbers go along with what an operator returns."""
         rectifies, self._rectifies = self._rectifies, False
-        given = list(tensors_in(bound))
-        known = [numbers for x in given if (numbers := self._of.get(x)) is not None]
         if self._inside:
             return
+        given = list(tensors_in(bound))
         self.outside |= {id(x) for x in given if isinstance(x, nn.Parameter)}
-        if not known or operator.endswith("_like") or operator.startswith("new_"):
+        known = [x for x in given if isinstance(self._of.get(x), Tensor)]
+        words = [old for x in given if isinstance(old := self._of.get(x), str)]
+        if not (known or words) or operator.endswith("_like") or operator.startswith("new_"):
             return
         running = self._stack[-1][0] if self._stack else ""
         what = WORDS.get(operator, f"{operator}()")
         if running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
-        results = list(tensors_in(out))
-        kept: list[Any] = [next((old for old in known if isinstance(old, str)), None)]
-        if kept == [None] and results:
-            kept = self._kept(operator, func, bound, rectifies, results[0].shape)
+        results, kept = list(tensors_in(out)), list[Any]([None])
+        if known and results:
+            kept = self._kept(operator, func, bound, known, rectifies, results[0].shape)
         if kept == [None]:
-            kept = [what]
-            for numbers in known:
-                self._end(numbers, what)
+            kept = words or [what]
+            for x in known:
+                self._end(self._of[x], what)
         for k, result in enumerate(results):
             numbers = kept[k % len(kept)]  # pooling returns indices too
             flips = rectifies and isinstance(numbers, Tensor)
             self._of[result] = numbers.abs() if flips else numbers
 
     def _kept(
-        self, operator: str, func: Any, bound: Mapping[str, Any], rectifies: bool, shape: torch.Size
+        self,
+        operator: str,
+        func: Any,
+        bound: Mapping[str, Any],
+        known: Sequence[Tensor],
+        rectifies: bool,
+        shape: torch.Size,
     ) -> list[Tensor | None]:
         """Return the numbers of an operator's results; ``[None]`` if it may mix units."""
         (name, first), *others = bound.items()
         if operator in VIEWS or operator in PICKS:
-            if any(x in self._of for x in tensors_in(others)):
+            if any(isinstance(self._of.get(x), Tensor) for x in tensors_in(others)):
                 return [None]  # the units choose what is picked
             moved = {name: tree_map_only(Tensor, self._numbers_of, first)}
             out = func(**moved, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
             return list(tensors_in(out))
         if operator in SHAPES:
             return [reshaped(self._of[first], shape)]
-        given, dims = list(tensors_in(bound)), list[int]()
-        known = [x for x in given if x in self._of]
+        dims = list[int]()
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
             dims = list(range(first.ndim - int(spatial[1]), first.ndim))
         elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
             dims = gone(bound["dim"], first.ndim)
-        elif operator == "mul" or rectifies or operator in {*SAME, "constant_pad_nd"}:
+        elif rectifies or operator in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
             pass
         elif torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all()):
-            tags = [self._numbers.of(x) for x in given if x not in self._of]
-            if any(tag is not None and tag.data and not tag.weight for tag in tags):
+            other = [x for x in tensors_in(bound) if not any(x is own for own in known)]
+            tags = [tag for x in other if (tag := self._numbers.of(x)) is not None]
+            if any(tag.data and not tag.weight for tag in tags):
                 return [None]
         else:
             return [None]
@@ -292,7 +298,8 @@ class Tracer(SiteFinder):
         return [fits[0] if same else None]
 
     def _numbers_of(self, x: Tensor) -> Tensor:
-        return self._of.get(x, torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape))
+        none = torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
+        return numbers if isinstance(numbers := self._of.get(x), Tensor) else none
 
     def readers(self, name: str, units: Tensor) -> dict[str, list[bool]]:
         """Say which input columns of which layers read some units of a layer.
@@ -343,9 +350,7 @@ class Tracer(SiteFinder):
             where = f"its {len(dead)} units lie along dimension {site.unit_dim}"
             raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")
         readers, norms = self.readers(name, units), self.ways[name].norms
-        sinks = [
-            self._sink(reader, torch.tensor(columns), norms) for reader, columns in readers.items()
-        ]
+        sinks = [self._sink(reader, columns, norms) for reader, columns in readers.items()]
         if not sinks:
             raise Unpaired("no layer reads its units")
         plan = Plan(site.name, name, layer, units, before, sinks)
@@ -359,8 +364,9 @@ class Tracer(SiteFinder):
                 raise Unpaired(f"{label!r} shares its memory with {(set(same) - {label}).pop()!r}")
         return plan
 
-    def _sink(self, name: str, columns: Tensor, norms: list[Tensor]) -> Sink:
+    def _sink(self, name: str, whose: list[bool], norms: list[Tensor]) -> Sink:
         module, (_, low, high) = self._check(name, LAYERS), self.reads[name]
+        columns = torch.tensor(whose, device="cpu")
         if not bool((low + high)[columns].isfinite().all()):
             raise ValueError(f"on the batch the inputs of {name!r} are not finite")
         even = (high - low)[columns] <= 1e-6 * torch.maximum(low.abs(), high.abs())[columns]
@@ -369,7 +375,8 @@ class Tracer(SiteFinder):
             where = f"its units, while silent, are not 0 to {name!r}"
             if module.bias is None:
                 raise Unpaired(f"{where}, which has no bias that could take over the rest")
-            gaps = sink.constant[columns, None] - torch.cat([*norms, torch.full((1,), torch.inf)])
+            known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])
+            gaps = sink.constant[columns, None] - known
             even &= gaps.abs().amin(1) <= 1e-6 * sink.constant[columns].abs()
             if not bool(even.all()) or _is_uneven(module):
                 raise Unpaired(f"{where}, nor the same constant everywhere")

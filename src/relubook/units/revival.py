@@ -243,10 +243,11 @@ class _Repair:
             module, columns = sink.module, sink.columns
             if not isinstance(module, TRANSPOSED):
                 outputs, inputs = module.weight.shape[:2]  # inputs of one group
-                row = torch.arange(outputs) // (outputs // getattr(module, "groups", 1))
-                columns = columns.view(-1, inputs)[row]
+                rows = outputs // getattr(module, "groups", 1)  # of one group
+                columns = columns.view(-1, inputs).repeat_interleave(rows, 0)
                 if sink.is_folded:
-                    constant = sink.constant.view(-1, inputs)[row].to(module.weight.device)
+                    constant = sink.constant.view(-1, inputs).repeat_interleave(rows, 0)
+                    constant = constant.to(module.weight.device)
                     weight = module.weight.double().reshape(outputs, inputs, -1).sum(2)
                     bias = module.bias.double() + (weight * constant).sum(1)
                     self.undo.callback(module.bias.copy_, module.bias.clone())
