@@ -1127,6 +1127,13 @@ def test_a_dispatch_mode_of_the_user_and_grad_mode_survive():
     assert len(report) == 2
 
 
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.ReLU())
+        report = diagnose(model, [torch.randn(6, 5)])
+    assert [site.units for site in report] == [5, 4]
+
+
 def test_warnings_are_not_raised_by_diagnose():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1157,10 +1164,3 @@ def test_data_on_another_device_are_moved():
     with pytest.raises(Exception):  # noqa: B017, PT011 - the parameters stayed behind
         diagnose(model, [torch.randn(2, 5)], device="meta")
     assert moved == [torch.device("meta")]
-
-
-def test_a_model_made_in_inference_mode():
-    with torch.inference_mode():
-        model = nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.ReLU())
-        report = diagnose(model, [torch.randn(6, 5)])
-    assert [site.units for site in report] == [5, 4]
