@@ -158,8 +158,8 @@ def revive_(
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
         ValueError: If there is no batch, the report belongs to another model, the optimizer does
-            not hold a parameter that is to be changed or is L-BFGS, or an option is unknown.
-            Whatever is raised, model and optimizer are as before.
+            not hold a parameter that is to be changed or is L-BFGS, or what the next layer gets on
+            the batch is not finite. Whatever is raised, model and optimizer are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
