@@ -938,15 +938,6 @@ def test_the_number_of_inputs():
     assert (report.sites[0].inputs, report.sites[0].observations) == (1, 6)
 
 
-def test_a_batch_read_as_time_is_pointed_out():
-    model = nn.RNN(3, 4, nonlinearity="relu")
-    report = diagnose(nn.Sequential(model), [torch.randn(5, 2, 3)])
-    assert "batch_first=False" in repr(report)
-    assert "batch_first=False" not in repr(
-        diagnose(nn.Sequential(model), [torch.randn(5, 2, 3)], batch_dim=1)
-    )
-
-
 def test_experts_count_only_what_reaches_them():
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -1128,6 +1119,13 @@ def test_a_dispatch_mode_of_the_user_and_grad_mode_survive():
         report = diagnose(Functional(), [torch.randn(2, 5)])
         assert torch.is_inference_mode_enabled()
     assert len(report) == 2
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.ReLU())
+        report = diagnose(model, [torch.randn(6, 5)])
+    assert [site.units for site in report] == [5, 4]
 
 
 def test_warnings_are_not_raised_by_diagnose():

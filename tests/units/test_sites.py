@@ -156,6 +156,20 @@ def test_a_site_that_depends_on_no_input_has_one():
     assert int(report[1].fired_inputs.max()) == 1
 
 
+def test_constants_in_front_of_data_do_not_hide_it():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.fc = nn.Embedding(2, 4), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.places(torch.arange(2)).expand(len(x), 2, 4)
+            return F.relu(torch.cat([places, self.fc(x)[:, None]], 1))
+
+    site = diagnose(Joined(), [torch.randn(6, 5)])[0]
+    assert (site.inputs, site.observations, site.units) == (6, 18, 4)
+
+
 # Which calls are rectifiers
 
 
@@ -189,27 +203,6 @@ def test_other_kinds_are_silent_where_their_output_is_zero(kind, function, refer
     expected = [sum(reference(v) != 0 for v in unit) for unit in model.fc(x).T.tolist()]
     assert (site.kind, site.fired.tolist()) == (kind, expected)
     assert 0 < sum(expected) < site.observations * site.units
-
-
-def test_members_computed_by_arithmetic_are_found_by_their_modules():
-    class NewGELUActivation(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
-
-    class QuickGELUActivation(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * torch.sigmoid(1.702 * x)
-
-    layers = (nn.Linear(5, 4), NewGELUActivation(), nn.Linear(4, 3), QuickGELUActivation())
-    model, x = nn.Sequential(*layers, nn.ReLU()), torch.randn(6, 5)
-    report = diagnose(model, [x], family="all")
-    assert [(site.name, site.kind) for site in report] == [
-        ("1", "gelu_new"),
-        ("3", "quick_gelu"),
-        ("4", "relu"),
-    ]
-    assert report[0].fired.tolist() == (model[0](x) > 0).sum(0).tolist()
-    assert "gelu_new (1 calls), quick_gelu (1 calls)" in repr(diagnose(model, [x]))
 
 
 def test_operators_of_other_libraries_are_not_taken_for_torchs():

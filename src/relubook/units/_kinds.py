@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -37,14 +38,8 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def smooth(name: str) -> Kind:
-    """Return a member without a silent region."""
-    return Kind(name, silences=False)
-
-
-def by_output(name: str, level: float = -math.inf) -> Kind:
-    """Return a member that is silent where its output is 0."""
-    return Kind(name, level=level, by_output=True)
+smooth = partial(Kind, silences=False)
+by_output = partial(Kind, level=-math.inf, by_output=True)
 
 
 def bounded(low: Any, high: Any = None) -> Kind | None:
@@ -60,15 +55,15 @@ def threshold(level: float, value: Any) -> Kind | None:
     """Return the kind of a threshold; ``None`` unless it puts 0 below its level."""
     if not is_zero(value):
         return None
-    return by_output("threshold", float(level)) if level else RELU
+    return by_output("threshold", level=float(level)) if level else RELU
 
 
 RELU, RELU6 = Kind("relu"), Kind("relu6")
 FAMILY: dict[str, Kind | Callable[[Mapping[str, Any]], Kind | None]] = {
     "relu": RELU,
     "relu6": RELU6,
-    "hardswish": by_output("hardswish", -3.0),
-    "hardsigmoid": by_output("hardsigmoid", -3.0),
+    "hardswish": by_output("hardswish", level=-3.0),
+    "hardsigmoid": by_output("hardsigmoid", level=-3.0),
     "hardshrink": by_output("hardshrink"),
     "softshrink": by_output("softshrink"),
     **dict.fromkeys(("clamp", "clip", "clamp_min"), lambda a: bounded(a.get("min"), a.get("max"))),
@@ -81,13 +76,6 @@ FAMILY: dict[str, Kind | Callable[[Mapping[str, Any]], Kind | None]] = {
     **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_functional"), smooth("rrelu")),
 }
 """Members, or rules for them by the arguments, by the names of ATen's operators."""
-COMPOSED = {
-    "NewGELUActivation": smooth("gelu_new"),
-    "FastGELUActivation": smooth("gelu_fast"),
-    "QuickGELUActivation": smooth("quick_gelu"),
-    "QuickGELU": smooth("quick_gelu"),
-}
-"""Modules of other libraries that compute a smooth member by arithmetic."""
 
 
 def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:

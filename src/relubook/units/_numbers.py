@@ -52,6 +52,13 @@ def numbered(shape: Sequence[int], *dims: int) -> Tensor:
     return torch.arange(math.prod(sizes), device="cpu").view(sizes).expand(tuple(shape))
 
 
+def unit_dim(module: Any, output: Tensor) -> int:
+    """Return the dimension of a layer's input or output along which units lie, from the end."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    return 1 - output.ndim if isinstance(module, CHANNELED) else -1
+
+
 def core(numbers: Tensor) -> Tensor:
     """Return the numbers with size 1 along each dimension along which they do not vary."""
     for dim in sorted(range(numbers.ndim), key=numbers.stride):  # cheap ones first
@@ -99,6 +106,12 @@ def summed(numbers: Tensor | None, dims: Sequence[int], shape: Sequence[int]) ->
         return None
     small = core(numbers)
     return fitted(small.squeeze(tuple(dims)) if len(shape) < small.ndim else small, shape)
+
+
+def gone(dims: Any, ndim: int) -> list[int]:
+    """Return the dimensions that a sum over ``dims`` leaves out; none named means all."""
+    named = dims if isinstance(dims, list | tuple) else [dims]
+    return [dim % ndim for dim in named if dim is not None] or list(range(ndim))
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
@@ -214,20 +227,14 @@ class Numbering:
         tag = self.tags.get(output) or Tag()
         units, dim = tag.units, tag.layer.dim
         if units is None:
-            dim = -1
-            if isinstance(module, nn.modules.conv._ConvNd):
-                dim -= len(module.kernel_size)
-            elif isinstance(module, CHANNELED):
-                dim = 1 - output.ndim
+            dim = unit_dim(module, output)
             if isinstance(module, nn.Linear) and output.shape[-1] != module.out_features:
                 return
             units = numbered(output.shape, dim)
         self.tags[output] = self.renewed(tag, units, dim, Layer(name, (name,)))
 
-    def propagate(
-        self, operator: str, func: Any, args: Sequence[Any], bound: Mapping[str, Any], out: Any
-    ) -> None:
-        """Tag the results ``out`` of an operator, given its arguments by place and by name."""
+    def propagate(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
+        """Tag the results ``out`` of an operator, given its arguments by name."""
         given = [v if isinstance(v, list | tuple) else (v,) for v in bound.values()]
         tags = [tag for item in chain(*given) if (tag := self.of(item)) is not None]
         if not tags:
@@ -236,44 +243,44 @@ class Numbering:
         data = [tag for tag in tags if not tag.weight]
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
-        units = inputs = [None] * len(results)
-        if moves and data:
-            units = self._moved(operator, func, args, "units") or units
-            inputs = self._moved(operator, func, args, "inputs") or inputs
+        moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
         for k, result in enumerate(results):
             if not isinstance(result, Tensor) or id(result) in self.owners:
                 continue
             if not data and operator != "embedding":
                 tag = weights[0]
             elif moves:
-                tag = self._moved_tag(operator, args[0], data, units[k], inputs[k])
+                first = self.of(next(iter(bound.values()))) or data[0]
+                first = first._replace(data=any(tag.data for tag in data))
+                tag = self._moved_tag(operator, first, *(own and own[k] for own in moved))
             else:
                 tag = self._tag_of(operator, bound, data, weights, tuple(result.shape))
             self.tags[result] = tag
 
-    def _moved(self, operator: str, func: Any, args: Sequence[Any], which: str) -> Any:
+    def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""
-        tag = self.of(args[0])
-        first: Any = None if tag is None or tag.weight else getattr(tag, which)
+        (name, first), *others = bound.items()
+        tag = self.of(first)
+        numbers: Any = None if tag is None or tag.weight else getattr(tag, which)
         if operator in ("cat", "stack"):
-            first = self._joined(args, which, operator == "cat")
-        if first is None:
+            numbers = self._joined(first, bound.get("dim", 0), which, operator == "cat")
+        if numbers is None:
             return None
         try:
-            out = func(first, *tree_map_only(Tensor, Tensor.cpu, list(args[1:])))
+            out = func(**{name: numbers}, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
         except (RuntimeError, TypeError, IndexError):  # an operator that takes no integers
             return None
         return out if isinstance(out, list | tuple) else [out]
 
-    def _joined(self, args: Sequence[Any], which: str, cat: bool) -> list[Tensor] | None:
+    def _joined(self, given: Any, dim: int, which: str, cat: bool) -> list[Tensor] | None:
         """Return the numbers of tensors that are joined along a dimension."""
-        pieces = [piece for piece in args[0] if piece.numel() or piece.ndim > 1]
+        pieces = [piece for piece in given if piece.numel() or piece.ndim > 1]
         tags = [self.of(piece) or Tag() for piece in pieces]
         told: list[Any] = [getattr(tag, which) for tag in tags]
         known = [own for own in told if own is not None]
         if not known:
             return None
-        dim = (args[1] if len(args) > 1 else 0) % (known[0].ndim + (not cat))
+        dim %= known[0].ndim + (not cat)
         joined = cat and any(dim in along(numbers) for numbers in known)
         if cat and which == "units" and not any(map(along, known)):  # of one unit each
             joined = all(tag.layer.dim == dim - known[0].ndim for tag in tags)
@@ -292,15 +299,14 @@ class Numbering:
         return told
 
     def _moved_tag(
-        self, operator: str, given: Any, data: list[Tag], units: Tensor | None, inputs: Any
+        self, operator: str, first: Tag, units: Tensor | None, inputs: Tensor | None
     ) -> Tag:
-        first = (self.of(given) or data[0]) if isinstance(given, Tensor) else data[0]
         if units is None:
             known = first.units is not None or first.weight
             reason = f"its units were lost in {operator}" if known else first.reason
-            return Tag(None, inputs, any(tag.data for tag in data), reason)
-        near = first.near and operator in VIEWS
-        if near and first.units is not None:
+            return Tag(None, inputs, first.data, reason)
+        near = first.near and operator not in PICKS
+        if near and operator in VIEWS and first.units is not None:
             near = core(units).numel() == core(first.units).numel()
         return first._replace(units=units, inputs=inputs, near=near)
 
@@ -313,10 +319,7 @@ class Numbering:
         if operator in SAME:
             return first
         if operator in SHAPES:
-            units, inputs = reshaped(first.units, shape), reshaped(first.inputs, shape)
-            if units is None and first.units is not None:
-                return Tag(None, inputs, first.data, f"its units were lost in {operator}")
-            return first._replace(units=units, inputs=inputs)
+            return self._moved_tag(operator, first, *(reshaped(own, shape) for own in first[:2]))
         if operator in FACTORS:
             return self._product(operator, bound, shape)
         if "convolution" in operator:
@@ -331,9 +334,8 @@ class Numbering:
             return merged([given if given and not given.weight else first], shape)
         given, dims = bound.get("self"), bound.get("dim", ())
         if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
-            dims = dims if isinstance(dims, list | tuple) else [dims]
-            gone = [dim % given.ndim for dim in dims if dim is not None] or list(range(given.ndim))
-            units, inputs = summed(first.units, gone, shape), summed(first.inputs, gone, shape)
+            dims = gone(dims, given.ndim)
+            units, inputs = (summed(own, dims, shape) for own in first[:2])
             reason = first.reason if first.units is None else "its units were summed up"
             return Tag(units, inputs, first.data, reason, first.layer)
         tag = merged(data, shape)

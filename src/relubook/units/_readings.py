@@ -5,28 +5,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from relubook.units.sites import Site, SiteFinder, undisturbed
+from relubook.units.sites import Site, SiteFinder
 
 Place = tuple[str, bool]
 """The input of a module, by its name, or (if true) its output."""
-
-
-class Spread(NamedTuple):
-    """Units that lie over several dimensions, or at several places of one."""
-
-    site: Site
-    shape: torch.Size
-
-    def fits(self, x: Tensor) -> bool:
-        """Tell whether the places of the units are where they were."""
-        same = x.ndim == len(self.shape)
-        return same and all(x.shape[dim] == self.shape[dim] for dim in self.site.dims)
 
 
 @dataclass(eq=False)
@@ -37,8 +25,8 @@ class Followed:
         level: Its rectifier is silent up to this pre-activation.
         peak: Shape (units,).
         dead: ``bool``, shape (units,), on the CPU: silent in the last window that reached it.
-        ways: For each place that feeds it, and each call there (from 1) that does, how its units
-            lie in the tensor: their dimension, counted from the end, or a :class:`Spread`.
+        ways: For each place that feeds it, and each call there (from 1) that does, the dimension of
+            the units in the tensor, counted from the end.
         unread: Whether a call was fed from where no hook sees it.
     """
 
@@ -46,16 +34,14 @@ class Followed:
     peak: Tensor
     dead: Tensor
     name: str = ""
-    ways: dict[Place, dict[int, int | Spread]] = field(default_factory=lambda: defaultdict(dict))
+    ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False
 
 
 def channel_peak(x: Tensor, dim: int) -> Tensor:
     """Return the largest value at each index of a dimension: shape ``(x.shape[dim],)``.
 
-    Args:
-        x: Any shape, not empty. NaN spreads.
-        dim: The dimension, counted from the end: negative.
+    It is counted from the end, and so negative. NaN spreads.
     """
     if x.ndim == 1:
         return x
@@ -110,13 +96,7 @@ class Reader(Hook):
         if way is None:
             return
         x, peak = output[0] if output else args[0] if args else None, self.site.peak
-        if not isinstance(x, Tensor):
-            self.strange = True
-        elif isinstance(way, Spread):
-            self.strange |= not way.fits(x)
-            if way.fits(x) and x.numel():
-                torch.maximum(peak, way.site.per_unit(x.detach(), "amax"), out=peak)
-        elif x.ndim < -way or x.shape[way] != self.units:
+        if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
             self.strange = True
         elif x.numel():
             torch.maximum(peak, channel_peak(x.detach(), way), out=peak)
@@ -141,11 +121,8 @@ class Audit(SiteFinder):
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
-        self.modules = {
-            name: module
-            for name, module in model.named_modules()
-            if not hasattr(module, "_orig_mod") and not isinstance(module, torch.jit.ScriptModule)
-        }
+        scripted = torch.jit.ScriptModule
+        self.modules = {k: m for k, m in self._modules.items() if not isinstance(m, scripted)}
         self.found: dict[Any, Followed] = {}
         self.counts: Counter[Place] = Counter()
         self._seen: dict[int, list[tuple[Place, int, Tensor, int]]] = defaultdict(list)
@@ -154,22 +131,22 @@ class Audit(SiteFinder):
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
         self.found.clear()
         self.counts.clear()
-        Audit.running, handles = True, []
+        Audit.running = True
         try:
-            with undisturbed(module):
+            with self.attached(module):
                 args, kwargs = tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
-                self.attach()
-                for place in [(name, output) for name in self.modules for output in (False, True)]:
-                    handles.append(self.hook(place, partial(self._see, place)))
                 self.begin(batch_size, (args, kwargs))
                 with self:
                     module(*args, **kwargs)
         finally:
             Audit.running = False
-            self.detach()
             self._seen.clear()
-            for handle in handles:
-                handle.remove()
+
+    def attach(self) -> None:
+        """Register the hooks, those of all places too."""
+        super().attach()
+        for place in [(name, output) for name in self.modules for output in (False, True)]:
+            self._handles.append(self.hook(place, partial(self._see, place)))
 
     def hook(self, place: Place, function: Callable[..., None]) -> Any:
         """Register a hook at a place, and return its handle."""
@@ -206,13 +183,12 @@ def _address(x: Tensor) -> int:
         return -1
 
 
-def _way(site: Site, x: Tensor, seen: Tensor) -> int | Spread | None:
-    """Return how a site's units lie in another view of its input; ``None`` if unknown."""
-    alike = x.shape == seen.shape and x.stride() == seen.stride()
+def _way(site: Site, x: Tensor, seen: Tensor) -> int | None:
+    """Return the dimension of a site's units in another view of its input; ``None`` if unknown."""
     if len(site.dims) != 1 or site.order is not None:
-        return Spread(site._replace(inputs=None), x.shape) if alike else None
+        return None
     dim = site.dims[0]
-    if alike:
+    if x.shape == seen.shape and x.stride() == seen.stride():
         return dim - x.ndim
     place = (x.shape[dim], x.stride(dim))
     same = [d for d in range(-seen.ndim, 0) if (seen.shape[d], seen.stride(d)) == place]

@@ -21,7 +21,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` has been applied to the model or to a part of it."""
+    """Tell whether ``torch.compile`` has been applied to a model or to a part of it."""
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()

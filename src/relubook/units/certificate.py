@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relubook.units.passes import is_plain
+from relubook.units.readers import is_plain
 from relubook.units.report import SiteListing, plain_table
 
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]

@@ -1,22 +1,104 @@
-"""Find the layers that read a layer's units, by changing the units and watching what changes.
+"""Find the layers that read a layer's units, by numbers that go along with the units' outputs.
 
-Where switching the dead units on changes an input column of a layer, that layer reads them there;
-where other noise changes the same column, the units are mixed with something else.
+Each unit of each linear layer and convolution has a number, negative before its rectifier and
+positive behind it. Operators that move elements move their numbers, and what acts on each unit
+alone keeps them. Where anything else gets a numbered tensor, the way of these units ends; where a
+layer does, the number in an input column names the unit that it reads there.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from relubook.units.passes import LAYERS, NORMS, SUM, Passes, Plan, Reads, Sink, is_plain, unit_dim
+from relubook.units._numbers import (
+    PICKS,
+    SAME,
+    SHAPES,
+    VIEWS,
+    core,
+    gone,
+    numbered,
+    reshaped,
+    summed,
+    unit_dim,
+)
+from relubook.units.sites import Site, SiteFinder, hook, tensors_in
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (*REPAIRED, *TRANSPOSED)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.SyncBatchNorm)
+WORDS = dict.fromkeys(("add", "sub", "rsub"), "a sum (a residual connection)")
+LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
 class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
     """A site cannot be repaired; the text is the reason that the reader sees."""
+
+
+@dataclass
+class Sink:
+    """A layer whose weights for some input columns are to become zero.
+
+    ``columns`` are bool, ``constant`` float64, both ``(inputs,)``: which columns the silent units
+    reach, and what these hold then.
+    """
+
+    name: str
+    module: Any
+    columns: Tensor
+    constant: Tensor
+
+    def __post_init__(self) -> None:
+        self.is_folded = bool((self.constant != 0).any())
+
+
+@dataclass
+class Plan:
+    """One site's repair: the layer and norm that start anew, and the sinks that are cut."""
+
+    site: str
+    producer: str
+    layer: Any
+    units: Tensor
+    before: tuple[str, Any] | None
+    sinks: list[Sink]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and values of the parameters that the repair changes."""
+        owners = [(self.producer, self.layer, True)]
+        owners += [(*self.before, True)] if self.before else []
+        owners += [(sink.name, sink.module, sink.is_folded) for sink in self.sinks]
+        for name, module, with_bias in owners:
+            for kind in ("weight", "bias") if with_bias else ("weight",):
+                if (parameter := module._parameters.get(kind)) is not None:
+                    yield f"{name}.{kind}".lstrip("."), parameter
+
+
+@dataclass
+class Way:
+    """Where the outputs of a layer go.
+
+    Attributes:
+        first: Number of its first unit.
+        before: Name of the norm in front of its rectifier.
+        norms: What norms behind the rectifier returned, the least by channel.
+        sites: Keys of its rectifiers.
+        ends: Numbers of units, and what gets them that is no layer, in words.
+    """
+
+    first: int
+    before: str | None = None
+    norms: list[Tensor] = field(default_factory=list)
+    sites: set[Any] = field(default_factory=set)
+    ends: list[tuple[Tensor, str]] = field(default_factory=list)
 
 
 def find_readers(
@@ -27,67 +109,282 @@ def find_readers(
     Raises:
         ValueError: If a site names a layer that the model does not have.
     """
-    names = {None, *dict(model.named_modules())}
+    tracer, training = Tracer(model), Tracer(model)
     for site in sites:
-        if site.producer not in names:
+        if site.producer not in (None, *tracer.ways):
             claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
             raise ValueError(f"{claim}, which the model does not have: diagnose this model")
     dead = [site for site in sites if bool(site.dead.any())]
-    if not dead:
-        return [], {}
-    search, uses = _Search(model, batch), Counter(site.producer for site in sites)
-    for site in dead:
-        with search.leaving(site.name):
-            search.plans.append(search.plan(site, uses[site.producer]))
-    search.find_all_sinks()
-    plans = [plan for plan in search.plans if plan.site not in search.reasons]
-    strays = {plan.site for plan in search.strays(plans)}
-    reason = "its units go other ways in training than in evaluation mode"
-    kept = [plan for plan in plans if plan.site not in strays]
-    return kept, search.reasons | dict.fromkeys(strays, reason)
-
-
-class _Search(Passes):
-    """Says of each site how to repair it, or in ``reasons`` why not."""
-
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        super().__init__(model, batch)
-        self.reasons: dict[str, str] = {}
-
-    @contextmanager
-    def leaving(self, site: str) -> Iterator[None]:
-        """Note the reason where a site turns out to be beyond repair."""
+    if dead:
+        tracer.trace(model, batch)
         try:
-            yield
+            training.trace(model, batch, training=True)
+        except Exception:  # a model may not run in training mode on a batch alone
+            training = tracer
+    plans, reasons = [], dict[str, str]()
+    for site in dead:
+        try:
+            plan = tracer.plan(site)
+            if not training.agrees(plan):
+                raise Unpaired("its units go other ways in training than in evaluation mode")
+            plans.append(plan)
         except Unpaired as reason:
-            self.reasons[site] = str(reason)
+            reasons[site.name] = str(reason)
+    return plans, reasons
 
-    def plan(self, site: Any, uses: int) -> Plan:
-        """The layer to repair for a site; whom it feeds is found later."""
-        name, before = site.producer, None
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: a tensor, a tuple that starts with one, or keyword arguments."""
+    inputs = batch[0] if type(batch) in (tuple, list) else batch
+    device = next((p.device for p in model.parameters()), None)
+    if isinstance(inputs, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    return model(inputs.to(device) if hasattr(inputs, "to") else inputs)
+
+
+def is_plain(module: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a module is of one of the kinds and computes what that kind computes."""
+    forward = getattr(type(module), "forward", None)
+    return any(isinstance(module, k) and forward is getattr(k, "forward", None) for k in kinds)
+
+
+class Tracer(SiteFinder):
+    """Follows the units of all layers through one pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.ways = {name: Way(k * LAYER) for k, name in enumerate(self._modules, 1)}
+        self.reads: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.calls: Counter[str] = Counter()
+        self.made_by: dict[str, str] = {}  # what lies between a norm, or a site, and the layers
+        self.outside: set[int] = set()  # ids of parameters that are used outside of their modules
+        self._parameters = list(model.named_parameters(remove_duplicate=False))
+        self._of = WeakTensorKeyDictionary()  # a tensor's numbers, or what they were lost to
+        self._inside = self._rectifies = False
+
+    def trace(self, model: nn.Module, batch: Any, training: bool = False) -> None:
+        """Run the model on a batch, and leave no trace."""
+        with self.attached(model):
+            model.train(training)
+            self.begin(0, ())
+            with self:
+                out = run(model, batch)
+        for x in tensors_in(out):
+            self._end(self._of.get(x), "the model's output")
+
+    def attach(self) -> None:
+        """Register the hooks, those of layers and norms next to their own code."""
+        super().attach()
+        for name, module in self._modules.items():
+            if is_plain(module, (*LAYERS, *NORMS)):
+                enter, leave = hook(self._enter, name), hook(self._leave, name)
+                self._handles += [
+                    module.register_forward_pre_hook(enter, with_kwargs=True),
+                    module.register_forward_hook(leave, with_kwargs=True, prepend=True),
+                ]
+
+    def _enter(self, name: str, module: Any, args: Any, kwargs: Any) -> None:
+        self._inside = True
+        self.calls[name] += 1
+        x = next(tensors_in((args, kwargs)))
+        numbers, dim = self._of.get(x), unit_dim(module, x)
+        self.made_by[name] = numbers if isinstance(numbers, str) else "something"
+        if not isinstance(numbers, Tensor):
+            return
+        columns = core(numbers).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
+        whose, last = columns.amin(1), columns.amax(1)
+        if isinstance(module, LAYERS):
+            self._end(columns[whose != last], f"{name!r} together with others")
+            self._end(whose if name in self.reads else whose[whose < 0], repr(name))
+            values = x.movedim(dim, 0).flatten(1).double().cpu()
+            self.reads.setdefault(name, (whose * (whose == last), values.amin(1), values.amax(1)))
+            return
+        for way in self._ways(numbers):
+            if torch.equal(whose, -way.first - torch.arange(len(whose), device="cpu")):
+                way.before = name
+
+    def _leave(self, name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        self._inside = False
+        if isinstance(module, LAYERS):
+            units = numbered(out.shape, unit_dim(module, out))
+            self._of[out] = -self.ways[name].first - units
+        elif (numbers := self._of.get(next(tensors_in((args, kwargs))))) is not None:
+            self._of[out] = numbers
+            for way in self._ways(numbers):
+                least = out.movedim(unit_dim(module, out), 0).flatten(1).amin(1)
+                way.norms.append(least.double().cpu())
+
+    def _ways(self, numbers: Any) -> list[Way]:
+        """Return the ways of the layers whose units are among the numbers."""
+        if not isinstance(numbers, Tensor):
+            return []
+        ways = [Way(0), *self.ways.values()]
+        return [ways[k] for k in (core(numbers).abs() // LAYER).unique().tolist()]
+
+    def _end(self, numbers: Any, what: str) -> None:
+        """Note that units go where they may mix with others."""
+        for way in self._ways(numbers):
+            way.ends.append((core(numbers).unique(), what))
+
+    def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
+        """Take note that the operator under way is a rectifier."""
+        self._rectifies, numbers = True, self._of.get(x)
+        self.made_by[site.key[0]] = numbers if isinstance(numbers, str) else "something"
+        for way in self._ways(numbers):
+            way.sites.add(site.key)
+
+    def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
+        """Let the numbers go along with what an operator returns."""
+        rectifies, self._rectifies = self._rectifies, False
+        if self._inside:
+            return
+        given = list(tensors_in(bound))
+        self.outside |= {id(x) for x in given if isinstance(x, nn.Parameter)}
+        known = [x for x in given if isinstance(self._of.get(x), Tensor)]
+        words = [old for x in given if isinstance(old := self._of.get(x), str)]
+        if not (known or words) or operator.endswith("_like") or operator.startswith("new_"):
+            return
+        running = self._stack[-1][0] if self._stack else ""
+        what = WORDS.get(operator, f"{operator}()")
+        if running and not list(self._modules[running].children()):
+            what = f"{running!r} ({type(self._modules[running]).__name__})"
+        results, kept = list(tensors_in(out)), list[Any]([None])
+        if known and results:
+            kept = self._kept(operator, func, bound, known, rectifies, results[0].shape)
+        if kept == [None]:
+            kept = words or [what]
+            for x in known:
+                self._end(self._of[x], what)
+        for k, result in enumerate(results):
+            numbers = kept[k % len(kept)]  # pooling returns indices too
+            flips = rectifies and isinstance(numbers, Tensor)
+            self._of[result] = numbers.abs() if flips else numbers
+
+    def _kept(
+        self,
+        operator: str,
+        func: Any,
+        bound: Mapping[str, Any],
+        known: Sequence[Tensor],
+        rectifies: bool,
+        shape: torch.Size,
+    ) -> list[Tensor | None]:
+        """Return the numbers of an operator's results; ``[None]`` if it may mix units."""
+        (name, first), *others = bound.items()
+        if operator in VIEWS or operator in PICKS:
+            if any(isinstance(self._of.get(x), Tensor) for x in tensors_in(others)):
+                return [None]  # the units choose what is picked
+            moved = {name: tree_map_only(Tensor, self._numbers_of, first)}
+            out = func(**moved, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
+            return list(tensors_in(out))
+        if operator in SHAPES:
+            return [reshaped(self._of[first], shape)]
+        dims = list[int]()
+        if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
+            dims = list(range(first.ndim - int(spatial[1]), first.ndim))
+        elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
+            dims = gone(bound["dim"], first.ndim)
+        elif rectifies or operator in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
+            pass
+        elif torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all()):
+            other = [x for x in tensors_in(bound) if not any(x is own for own in known)]
+            tags = [tag for x in other if (tag := self._numbers.of(x)) is not None]
+            if any(tag.data and not tag.weight for tag in tags):
+                return [None]
+        else:
+            return [None]
+        fits = [x for own in known if (x := summed(self._of[own], dims, shape)) is not None]
+        same = len(fits) == len(known) and all(torch.equal(x, fits[0]) for x in fits)
+        return [fits[0] if same else None]
+
+    def _numbers_of(self, x: Tensor) -> Tensor:
+        none = torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
+        return numbers if isinstance(numbers := self._of.get(x), Tensor) else none
+
+    def readers(self, name: str, units: Tensor) -> dict[str, list[bool]]:
+        """Say which input columns of which layers read some units of a layer.
+
+        Raises:
+            Unpaired: If they go elsewhere too.
+        """
+        way = self.ways[name]
+        mine = way.first + units
+        for numbers, what in way.ends:
+            if bool(torch.isin(mine, numbers).any()):
+                raise Unpaired(f"its units reach {what}: they have no next layer of their own")
+            if bool(torch.isin(-mine, numbers).any()):
+                raise Unpaired(f"what {name!r} computes goes to 2 places or more, one is {what}")
+        found = {reader: torch.isin(whose, mine) for reader, (whose, _, _) in self.reads.items()}
+        return {reader: columns.tolist() for reader, columns in found.items() if columns.any()}
+
+    def agrees(self, plan: Plan) -> bool:
+        """Tell whether the units of a plan have the same readers in this pass."""
+        try:
+            readers = self.readers(plan.producer, plan.units)
+        except Unpaired:
+            return False
+        return readers == {sink.name: sink.columns.tolist() for sink in plan.sinks}
+
+    def plan(self, site: Any) -> Plan:
+        """Say how to repair a site.
+
+        Raises:
+            Unpaired: If it cannot be repaired.
+        """
+        name, before, dead = site.producer, None, site.dead.detach().cpu()
         if name is None:
-            what = self.feeds.get(site.name.split("#")[0].replace("_()", "()"), "something")
+            what = self.made_by.get(site.name.split("#")[0], "something")
             raise Unpaired(f"{what} lies between it and the layers: none feeds it alone")
-        if uses > 1:
+        if isinstance(self._modules[name], NORMS):
+            before = (name, self._check(name, NORMS))
+            name = next((layer for layer, way in self.ways.items() if way.before == name), None)
+            if name is None:
+                what = self.made_by[before[0]]
+                raise Unpaired(f"{what} lies between {before[0]!r} and the layers")
+        if (uses := len(self.ways[name].sites)) > 1:
             raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
-        if isinstance(self.modules[name], NORMS):
-            self._check(name, NORMS)
-            before, name = (name, self.modules[name]), self.feeds[name]
-            if name not in self.modules:
-                raise Unpaired(f"{name} lies between {before[0]!r} and the layers")
-        self._check(name, LAYERS)
-        module, dead = self.modules[name], site.dead.detach().cpu()
-        outputs = getattr(module, "out_features", None) or module.out_channels
-        dim = unit_dim(module)
+        layer, units = self._check(name, REPAIRED), dead.nonzero().flatten()
+        outputs = getattr(layer, "out_features", None) or layer.out_channels
+        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         if outputs != len(dead) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(dead)} units lie along dimension {site.unit_dim}"
             raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")
-        plan = Plan(site.name, name, module, dead.nonzero().flatten(), before)
-        self._check_parameters(plan)
+        readers, norms = self.readers(name, units), self.ways[name].norms
+        sinks = [self._sink(reader, columns, norms) for reader, columns in readers.items()]
+        if not sinks:
+            raise Unpaired("no layer reads its units")
+        plan = Plan(site.name, name, layer, units, before, sinks)
+        for label, parameter in plan.parameters():
+            same = [n for n, p in self._parameters if p.data_ptr() == parameter.data_ptr()]
+            if not parameter.requires_grad:
+                raise Unpaired(f"{label!r} is frozen (requires_grad is False)")
+            if id(parameter) in self.outside:
+                raise Unpaired(f"{label!r} is also used outside of its layer")
+            if len(same) > 1:
+                raise Unpaired(f"{label!r} shares its memory with {(set(same) - {label}).pop()!r}")
         return plan
 
-    def _check(self, name: str, kinds: tuple[type, ...]) -> None:
-        module = self.modules[name]
+    def _sink(self, name: str, whose: list[bool], norms: list[Tensor]) -> Sink:
+        module, (_, low, high) = self._check(name, LAYERS), self.reads[name]
+        columns = torch.tensor(whose, device="cpu")
+        if not bool((low + high)[columns].isfinite().all()):
+            raise ValueError(f"on the batch the inputs of {name!r} are not finite")
+        even = (high - low)[columns] <= 1e-6 * torch.maximum(low.abs(), high.abs())[columns]
+        sink = Sink(name, module, columns, torch.where(columns, (low + high) / 2, 0.0))
+        if sink.is_folded or not bool(even.all()):
+            where = f"its units, while silent, are not 0 to {name!r}"
+            if module.bias is None:
+                raise Unpaired(f"{where}, which has no bias that could take over the rest")
+            known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])
+            gaps = sink.constant[columns, None] - known
+            even &= gaps.abs().amin(1) <= 1e-6 * sink.constant[columns].abs()
+            if not bool(even.all()) or _is_uneven(module):
+                raise Unpaired(f"{where}, nor the same constant everywhere")
+        return sink
+
+    def _check(self, name: str, kinds: tuple[type, ...]) -> Any:
+        """Return a module that can be repaired."""
+        module = self._modules[name]
         if not is_plain(module, kinds):
             kind = type(module).__name__
             raise Unpaired(f"{name!r} is a {kind}; linear layers and convolutions can be repaired")
@@ -96,126 +393,7 @@ class _Search(Passes):
             raise Unpaired(f"the weight of {name!r} is {why}: remove that first")
         if self.calls[name] != 1:
             raise Unpaired(f"{name!r} is called {self.calls[name]} times")
-
-    def _check_parameters(self, plan: Plan) -> None:
-        everything = list(self.model.named_parameters(remove_duplicate=False))
-        for name, parameter in plan.parameters():
-            twins = [n for n, p in everything if n != name and p.data_ptr() == parameter.data_ptr()]
-            if not parameter.requires_grad:
-                raise Unpaired(f"{name!r} is frozen (requires_grad is False)")
-            if id(parameter) in self.outside:
-                raise Unpaired(f"{name!r} is also used outside of its layer")
-            if twins:
-                raise Unpaired(f"{name!r} shares its memory with {twins[0]!r}")
-
-    def find_all_sinks(self) -> None:
-        """Find who reads each plan's units."""
-        try:
-            self.off, self.other = self.observe(0), self.observe(1)
-        except Exception as error:  # whatever the model's code raises on noise
-            reason = f"the model does not run on made-up activations ({error})"
-            self.reasons |= {plan.site: reason for plan in self.plans}
-            return
-        self.noisy = self.off.changed(self.other)
-        leaks = self._leaks(self.plans)
-        for plan in self.plans:
-            with self.leaving(plan.site):
-                if leaks and self._leaks([plan]):
-                    raise Unpaired(f"what {plan.producer!r} computes goes to 2 places or more")
-                touched = self._touched(plan)
-                try:
-                    plan.sinks = self._sinks(plan, touched)
-                except Unpaired:
-                    plan.sinks = self._gates(touched)
-                    if not plan.sinks:
-                        raise
-                    plan.sinks = self._sinks(plan, self._touched(plan))
-                self._check_parameters(plan)
-
-    def _leaks(self, plans: list[Plan]) -> bool:
-        """Whether anything but the rectifiers sees how silent the units are."""
-        changed = self.off.changed(self.observe(shifted=plans))
-        norms = {plan.before[0] for plan in plans if plan.before}
-        return any(name not in norms for name, _ in changed)
-
-    def _touched(self, plan: Plan) -> Reads:
-        """Which columns of which reads a plan's units change, its gates being shut."""
-        touched = self.off.changed(self.observe(on=[plan], gated=[plan]))
-        for key, columns in touched.items():
-            if key not in self.off.reads or columns.shape != self.off.reads[key].shape[1:]:
-                raise Unpaired("its units decide which ways the values go")
-        return touched
-
-    def _sinks(self, plan: Plan, touched: Reads) -> list[Sink]:
-        """Every layer that reads a plan's units, and those of the plan's gates that they reach."""
-        gates = {sink.name: sink for sink in plan.sinks}
-        sinks, known = [], torch.zeros(1)
-        for (name, call), columns in touched.items():
-            module = self.modules.get(str(name))
-            if name is not None and isinstance(module, NORMS):
-                known = torch.cat([known, _constant(self.off.returns[name], columns)[0]])
-                sinks += [gates[name]] if name in gates else []
-                continue
-            mixed = bool((self.noisy.get((name, call), columns & False) & columns).any())
-            if mixed and self.feeds[name] == SUM:
-                raise Unpaired(f"its units reach add(), {SUM}, which mixes them with others")
-            if name is None:
-                raise Unpaired("its units are the model's output: they have no next layer")
-            reach = f"its units reach {name!r}"
-            if not isinstance(module, LAYERS):
-                raise Unpaired(f"{reach} ({type(module).__name__}), which may mix them with others")
-            self._check(name, LAYERS)
-            if mixed:
-                raise Unpaired(f"{reach} together with others, behind {self.feeds[name]}")
-            constant, even = _constant(self.off.reads[name, call], columns)
-            gaps = (constant[columns, None] - known).abs().amin(1)
-            even &= bool((gaps <= 1e-6 * constant[columns].abs()).all())
-            if bool((constant != 0).any()) or not even:
-                behind = f"its units, while silent, are not 0 to {name!r}"
-                if module.bias is None:
-                    raise Unpaired(f"{behind}, which has no bias that could take over the rest")
-                if not even or _is_uneven(module):
-                    raise Unpaired(f"{behind}, nor the same constant everywhere")
-            sinks.append(Sink(name, module, columns, constant))
-        if not sinks:
-            raise Unpaired("no layer reads its units")
-        return sinks
-
-    def _gates(self, touched: Reads) -> list[Sink]:
-        """The norms that a plan's units pass, where their scale can be cut."""
-        gates = []
-        for (name, _), columns in touched.items():
-            norm: Any = self.modules.get(str(name))
-            if name is None or not is_plain(norm, NORMS) or self.calls[name] != 1:
-                continue
-            mine, its = self.off.returns[name], self.other.returns[name]
-            constant, even = _constant(mine, columns)
-            scaled = norm._parameters.get("weight") is not None
-            if scaled and even and torch.equal(mine[:, columns], its[:, columns]):
-                gates.append(Sink(name, norm, columns, constant))
-        return gates
-
-    def strays(self, plans: list[Plan]) -> list[Plan]:
-        """The plans whose units reach other places in training than in evaluation mode."""
-
-        def stray(plans: list[Plan]) -> bool:
-            known = {s.name for plan in plans for s in plan.sinks}
-            known |= {n for n, m in self.modules.items() if isinstance(m, NORMS)}
-            off = self.observe(gated=plans, training=True)
-            on = self.observe(on=plans, gated=plans, training=True)
-            return any(name not in known for name, _ in off.changed(on))
-
-        try:
-            return [plan for plan in plans if stray([plan])] if plans and stray(plans) else []
-        except Exception:  # a model may not run in training mode on a batch alone
-            return []
-
-
-def _constant(digest: Tensor, columns: Tensor) -> tuple[Tensor, bool]:
-    """What some columns hold, 0 elsewhere, and whether it is the same everywhere."""
-    low, high = digest[1], digest[2]
-    even = (high - low) <= 1e-6 * torch.maximum(low.abs(), high.abs())
-    return torch.where(columns, (low + high) / 2, 0.0), bool(even[columns].all())
+        return module
 
 
 def _is_uneven(module: Any) -> bool:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relubook.units._kinds import COMPOSED, Kind, classify, is_zero
+from relubook.units._kinds import Kind, classify, is_zero
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
-from relubook.units._undisturbed import is_compiled, undisturbed, unwrapped
+from relubook.units._undisturbed import undisturbed, unwrapped
 
-__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "is_compiled", "undisturbed", "unwrapped"]
+__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "undisturbed", "unwrapped"]
 
 Dims = int | Mapping[str, int | None] | None
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
@@ -151,6 +152,11 @@ def call_path(
     return tuple(path), location
 
 
+def hook(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return a hook that calls a function with a module's name first, and is no part of copies."""
+    return lambda *args: function(name, *args)
+
+
 class SiteFinder(TorchDispatchMode):
     """Calls :meth:`before` and :meth:`observe` for every rectifier of a forward pass.
 
@@ -187,7 +193,7 @@ class SiteFinder(TorchDispatchMode):
         self._ranks: dict[tuple[Any, ...], int] = {}
         self._bases: Counter[str] = Counter()
         self._unplaced: dict[tuple[Any, ...], str] = {}
-        self._operators: dict[Any, tuple[str, tuple[str, ...], bool]] = {}
+        self._operators: dict[Any, tuple[str, list[str], bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -199,6 +205,9 @@ class SiteFinder(TorchDispatchMode):
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         """Take note of one call: its site, its pre-activation (gone if in place), its output."""
 
+    def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
+        """Take note of any operator: its arguments by name, and its results."""
+
     @property
     def ambiguous(self) -> dict[str, str]:
         """Names of the sites that were skipped since their units cannot be told, and why."""
@@ -207,7 +216,7 @@ class SiteFinder(TorchDispatchMode):
     def attach(self) -> None:
         """Register the hooks that tell which module is running."""
         for name, module in self._modules.items():
-            enter, leave = self._enter_hook(name), self._leave_hook(name)
+            enter, leave = hook(self._enter_module, name), hook(self._leave_module, name)
             try:
                 self._handles += [
                     module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
@@ -216,10 +225,8 @@ class SiteFinder(TorchDispatchMode):
             except (RuntimeError, TypeError):  # part of a scripted module
                 parent = self._modules.get(name.rpartition(".")[0])
                 if not name or not isinstance(parent, type(module)):
-                    self._note(
-                        f"{name or 'the model'} is scripted: its rectifiers carry the name of what "
-                        "calls it, not those of its parts"
-                    )
+                    what = f"{name or 'the model'} is scripted: its rectifiers carry the name of "
+                    self._note(f"{what}what calls it, not those of its parts")
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -227,6 +234,16 @@ class SiteFinder(TorchDispatchMode):
             self._handles.pop().remove()
         self._boundary = None
         self._numbers.clear()
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Let passes of a model, or a part of it, be seen and leave no trace."""
+        with undisturbed(model):
+            try:
+                self.attach()
+                yield
+            finally:
+                self.detach()
 
     def begin(self, batch_size: int, inputs: Any) -> None:
         """Start a pass over a batch of so many inputs, with what the model will be called with."""
@@ -252,58 +269,39 @@ class SiteFinder(TorchDispatchMode):
                 rows = numbered(tensor.shape, dim) if batched else None
                 self._numbers.tags[tensor] = Tag(None, rows, data)
 
-    def _enter_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._stack and self._boundary is None:
-                self._boundary = sys._getframe(1)
-            self._mark((args, kwargs), not self._stack)
-            self._stack.append((name, self._found))
-            self._numbers.running = name
-            self.called.add(name)
-            if not getattr(module, "batch_first", True) and args:
-                inputs = getattr(self._numbers.of(args[0]), "inputs", None)
-                if inputs is not None and inputs.ndim == 3 and along(inputs) == [0]:
-                    self._note(
-                        f"{name} has batch_first=False and so reads the batch as time; if that is "
-                        "meant, pass batch_dim=1, since n counts the inputs of the batch"
-                    )
+    def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._stack and self._boundary is None:
+            self._boundary = sys._getframe(1)
+        self._mark((args, kwargs), not self._stack)
+        self._stack.append((name, self._found))
+        self._numbers.running = name
+        self.called.add(name)
 
-        return hook
-
-    def _leave_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self._stack or self._stack[-1][0] != name:
-                return
-            numbers = self._numbers
-            first = args[0] if args else None
-            composed = COMPOSED.get(type(module).__name__)
-            if composed and isinstance(first, Tensor) and isinstance(output, Tensor):
-                site = self._site("", composed, first)
-                if site is not None:
-                    self.before(site, first)
-                    self.observe(site, first, output)
-            found = self._found > self._stack.pop()[1]
-            numbers.running = self._stack[-1][0] if self._stack else ""
-            if not self._stack:
-                self._boundary = None
-            recurrent = isinstance(module, nn.RNN) and module.nonlinearity == "relu"
-            if (recurrent or isinstance(module, RECTIFIERS)) and not found:
-                self._note(
-                    f"NOT SEEN: {name} was called, but its rectifier runs inside a fused operator"
-                )
-            if isinstance(module, nn.RNNBase):
-                output = output[0] if isinstance(output, tuple) else output
-                output = output.data if isinstance(output, PackedSequence) else output
-            if not isinstance(output, Tensor) or not output.ndim:
-                return
-            if isinstance(module, nn.RNNBase) or (isinstance(module, LAYERS) and not found):
-                numbers.enter_output(name, module, output)
-            elif isinstance(module, nn.modules.dropout._DropoutNd | nn.Identity):
-                tag = numbers.of(first)
-                if tag is not None and output is not first:
-                    numbers.tags[output] = tag
-
-        return hook
+    def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._stack or self._stack[-1][0] != name:
+            return
+        numbers, first = self._numbers, args[0] if args else None
+        found = self._found > self._stack.pop()[1]
+        numbers.running = self._stack[-1][0] if self._stack else ""
+        if not self._stack:
+            self._boundary = None
+        recurrent = isinstance(module, nn.RNNBase)
+        if not found and (
+            isinstance(module, RECTIFIERS) or (recurrent and module.mode == "RNN_RELU")
+        ):
+            what = f"NOT SEEN: {name} was called, but its rectifier runs inside a fused operator"
+            self._note(what)
+        if recurrent:
+            output = output[0] if isinstance(output, tuple) else output
+            output = output.data if isinstance(output, PackedSequence) else output
+        if not isinstance(output, Tensor) or not output.ndim:
+            return
+        if recurrent or (isinstance(module, LAYERS) and not found):
+            numbers.enter_output(name, module, output)
+        elif isinstance(module, nn.modules.dropout._DropoutNd | nn.Identity):
+            tag = numbers.of(first)
+            if tag is not None and output is not first:
+                numbers.tags[output] = tag
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -314,7 +312,7 @@ class SiteFinder(TorchDispatchMode):
             # Another library's operator may have the name of one of ATen's.
             name = schema.name.removeprefix("aten::")
             name = name if name.endswith("__") else name.removesuffix("_")
-            names = tuple(argument.name for argument in schema.arguments)
+            names = [argument.name for argument in schema.arguments]
             implicit = torch._C._dispatch_has_kernel_for_dispatch_key
             composite = implicit(func.name(), "CompositeImplicitAutograd")
             self._operators[func] = name, names, composite
@@ -325,8 +323,7 @@ class SiteFinder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         bound = dict(zip(names, args, strict=False)) | kwargs
-        site = None
-        kind = classify(operator, bound)
+        site, kind = None, classify(operator, bound)
         if kind is not None:
             x, other = bound["self"], bound.get("other")
             if other is not None and not is_zero(other):
@@ -341,7 +338,8 @@ class SiteFinder(TorchDispatchMode):
         if site is not None:
             self.observe(site, x, out)
         if not operator.endswith("_like") and not operator.startswith("new_"):
-            self._numbers.propagate(operator, func, args, bound, out)
+            self._numbers.propagate(operator, func, bound, out)
+        self.passed(operator, func, bound, out)
         return out
 
     def _site(self, shown: str, kind: Kind, x: Tensor) -> Site | None:
@@ -371,10 +369,8 @@ class SiteFinder(TorchDispatchMode):
         pattern, dim = self._override(base, f"{base}#{self._ranks[key]}")
         if dim is not None:
             if not -x.ndim <= dim < x.ndim:
-                raise ValueError(
-                    f"unit_dim={dim} for {base}, whose input has shape {tuple(x.shape)}: "
-                    f"dimensions go from {-x.ndim} to {x.ndim - 1}"
-                )
+                what = f"unit_dim={dim} for {base}, whose input has shape {tuple(x.shape)}"
+                raise ValueError(f"{what}: dimensions go from {-x.ndim} to {x.ndim - 1}")
             units = numbered(x.shape, dim)
         elif pattern is not None:
             return None
@@ -394,11 +390,9 @@ class SiteFinder(TorchDispatchMode):
 
     def _base(self, running: str, shown: str) -> str:
         """Return the name of the running module, with the operator's unless that is its purpose."""
-        module = self._modules.get(running) if running else None
-        if module is not None and (
-            type(module).__module__ == nn.ReLU.__module__
-            or not [*module.children(), *module.parameters(recurse=False)]
-        ):
+        module = self._modules[running]
+        own = [*module.children(), *module.parameters(recurse=False)]
+        if running and (type(module).__module__ == nn.ReLU.__module__ or not own):
             shown = ""
         return f"{running}.{shown}()".removeprefix(".") if shown else running
 
@@ -410,10 +404,7 @@ class SiteFinder(TorchDispatchMode):
         """Return what in ``unit_dim`` is about a site, and the dimension it gives."""
         if not isinstance(self.unit_dim, Mapping):
             return None, self.unit_dim
-        for pattern in (name, base, *self.unit_dim):
-            if pattern in self.unit_dim and (
-                pattern in (name, base) or fnmatch.fnmatchcase(base, pattern)
-            ):
-                self.used_overrides.add(pattern)
-                return pattern, self.unit_dim[pattern]
-        return None, None
+        fits = [pattern for pattern in (name, base) if pattern in self.unit_dim]
+        fits += [pattern for pattern in self.unit_dim if fnmatch.fnmatchcase(base, pattern)]
+        self.used_overrides.update(fits[:1])
+        return (fits[0], self.unit_dim[fits[0]]) if fits else (None, None)
