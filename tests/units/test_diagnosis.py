@@ -960,7 +960,7 @@ def test_experts_count_only_what_reaches_them():
 def test_nonfinite_data(value):
     good, bad = torch.randn(4, 5), torch.randn(4, 5)
     bad[1, 2] = value
-    with pytest.raises(ValueError, match="batch 1 holds NaN or infinity.*forward="):
+    with pytest.raises(ValueError, match="batch 1 holds NaN, infinity.*forward="):
         diagnose(Functional(), [good, bad, good])
     meant = lambda model, x: model(x)  # noqa: E731
     report = diagnose(Functional(), [good, bad, good], forward=meant)

@@ -238,7 +238,7 @@ def test_arrays_and_tensors_without_values_are_refused():
     for data in (x.numpy(), [np.zeros((2, 5))]):
         with pytest.raises(TypeError, match="ndarray, not a tensor or a mapping.*convert it"):
             diagnose(model, data)
-    with pytest.raises(NotImplementedError, match="meta tensor"):
+    with pytest.raises(ValueError, match="batch 1 holds NaN, infinity or a meta tensor"):
         diagnose(model, [x, x.to("meta")])
     with pytest.raises(ValueError, match=r"fc\.weight has no values yet"):
         diagnose(copy.deepcopy(model).to("meta"), [x])

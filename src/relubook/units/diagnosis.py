@@ -228,7 +228,7 @@ def diagnose(
             example = given if forward is None and not done else example
             if forward is None and not all(map(_finite, tensors_in(given))):
                 raise ValueError(
-                    f"batch {index} holds NaN or infinity; leave it out, or pass "
+                    f"batch {index} holds NaN, infinity or a meta tensor; leave it out, or pass "
                     "forward=lambda model, batch: ... if it is meant"
                 )
             if device is not None:
@@ -311,7 +311,7 @@ def _size(
 def _finite(x: Tensor) -> bool:
     if x.layout != torch.strided:
         x = x.coalesce().values() if x.is_sparse else x.values()
-    return not x.is_floating_point() or bool(x.isfinite().all())
+    return not x.is_meta and (not x.is_floating_point() or bool(x.isfinite().all()))
 
 
 def unclear(sites: Mapping[str, str]) -> str:
