@@ -10,7 +10,9 @@ laboratory does.
 import argparse
 import ast
 import contextlib
+import copyreg
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -129,6 +131,9 @@ def compute(experiment: Experiment, folder: Path = notebooks.RESULTS) -> Path:
     head |= {"fingerprint": experiment.fingerprint(), "versions": versions}
     partial, points = folder / f"{made.name}.partial", made.points()
     done = _resume(partial, head)
+    # A cached function of the laboratory travels to the workers as the function, with no cache yet.
+    cached = type(functools.cache(_measure))
+    copyreg.pickle(cached, lambda kept: (functools.cache, (kept.__wrapped__,)))
     work = joblib.Parallel(n_jobs=int(jobs), return_as="generator_unordered")
     found = work(joblib.delayed(_measure)(made, key) for key in points if key not in done)
     # No bar unless somebody watches.

@@ -26,7 +26,8 @@ SETUP = """%pip install --quiet nothing
 import relubook as rb
 
 SEED = rb.setup()"""
-LAB = """import os
+LAB = """import functools
+import os
 
 import torch
 
@@ -34,8 +35,12 @@ def note(*words):
     with open(os.environ["TOY_CALLS"], "a") as file:
         print(*words, file=file)
 
-def scaled(a, s):  # the laboratory
-    return a + s / 3
+@functools.cache
+def third(s):  # the laboratory; a cache must reach the workers too
+    return s / 3
+
+def scaled(a, s):
+    return a + third(s)
 
 data = torch.arange(3.0)"""
 TOY = """from relubook.evidence.results import computation
