@@ -266,7 +266,7 @@ def test_figures_run_from_a_file(browser, site, page):
     context = browser.new_context()
     opened = context.new_page()
     opened.goto((site / f"{page}.html").as_uri())
-    opened.wait_for_selector(".rb-explorable[data-ready] button")
+    opened.wait_for_selector(".rb-explorable[data-ready] input, .rb-explorable[data-ready] button")
     context.close()
 
 
