@@ -1,8 +1,9 @@
 """The ledger's page: how many claims stand, and a row a claim with its verdict and its evidence."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class ClaimsTable(SphinxDirective):
             self.env.note_dependency(str(reference.PACKAGE / name))
         rows, again = ledger(), replications()
         lines: list[str] = []
-        for chapter in dict.fromkeys(row["chapter"] for row in rows):
+        for chapter in in_order_of_the_book(dict.fromkeys(row["chapter"] for row in rows)):
             built = f"book/{chapter}" in self.env.found_docs
             name = chapter.replace("-", " ").capitalize()
             head = f"[{title_of(chapter)}]({chapter}.md)" if built else f"{name} (in preparation)"
@@ -85,6 +86,13 @@ class ClaimsSummary(SphinxDirective):
         """Return a paragraph."""
         self.env.note_dependency(str(reference.PACKAGE / "evidence/verdicts.json"))
         return self.parse_text_to_nodes(summary(ledger()))
+
+
+def in_order_of_the_book(chapters: Iterable[str]) -> list[str]:
+    """Return chapters as the contents list them, those in preparation last."""
+    contents = (BOOK.parent / "_toc.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"file: book/([\w-]+)$", contents, flags=re.MULTILINE)
+    return sorted(chapters, key=[*listed, *chapters].index)
 
 
 def title_of(chapter: str) -> str:
