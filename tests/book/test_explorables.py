@@ -18,7 +18,8 @@ from relubook.evidence.results import load
 ROOT = Path(__file__).resolve().parents[2]
 KILL, BORN, MAP = "book/how-units-die", "book/born-dead", "book/learning-rate-and-optimizer"
 BEND = "book/sparsity-and-expressivity"
-PAGES = {"kill-a-unit": [KILL], "born-dead": [BORN], "the-map": [MAP], "bend-a-line": [BEND]}
+FIRST = "book/intro"
+PAGES = {"kill-a-unit": [KILL, FIRST], "born-dead": [BORN], "the-map": [MAP], "bend-a-line": [BEND]}
 
 pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site")]
 
@@ -249,7 +250,7 @@ def test_scripts_load_only_where_they_are_used(site):
     assert {name: sorted(pages) for name, pages in found.items()} == PAGES
 
 
-@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND])
+@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND, FIRST])
 def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page):
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()
@@ -261,7 +262,7 @@ def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page)
     context.close()
 
 
-@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND])
+@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND, FIRST])
 def test_figures_run_from_a_file(browser, site, page):
     context = browser.new_context()
     opened = context.new_page()
@@ -292,7 +293,7 @@ def test_a_reader_kills_a_unit_and_centering_saves_it_by_keyboard_alone(browser,
         assert not visit.errors
 
 
-@pytest.mark.parametrize("where", [KILL, BORN, MAP, BEND])
+@pytest.mark.parametrize("where", [KILL, BORN, MAP, BEND, FIRST])
 def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, where):
     with Visit(browser, address, f"{where}.html") as visit:
         figure = visit.page.locator(".rb-explorable")
