@@ -93,6 +93,8 @@ def class_signature(node: ast.ClassDef) -> str:
     fields = []
     for member in node.body:
         if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+            if "ClassVar" in ast.unparse(member.annotation):
+                continue
             name, value = member.target.id, member.value
             if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
                 given = {word.arg: word.value for word in value.keywords}

@@ -22,7 +22,7 @@ More words.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 __all__ = ["Pair", "SIZES", "Settings", "Tuned"]
 __all__ += ["draw", "untold"]
@@ -59,6 +59,7 @@ class Settings:
     options: dict = field(default_factory=dict)
     rate: float = field(default=0.1)
     made: int = field(init=False)
+    kind: ClassVar[str] = "settings"
 
     @property
     def size(self) -> int:
