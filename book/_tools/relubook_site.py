@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import explorables
 import icons
 import reference
+import speed
 from docutils import nodes
 from ledger_page import ClaimsSummary, ClaimsTable
 from notebooks import EVIDENCE, texts
@@ -135,6 +136,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", turn_past_evidence)
     explorables.setup(app)
     icons.setup(app)
+    speed.setup(app)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)
