@@ -69,8 +69,9 @@ full: $(INSTALLED) ## compute what is missing or stale of book/results (NAMES=..
 serve: $(SITE) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve
 
-stills: $(INSTALLED) ## draw anew what the moving figures show without a script
+stills: $(INSTALLED) ## draw anew what moving figures show without a script, and the card of the book
 	$(RUN) book/_tools/explorables.py
+	$(RUN) book/_tools/card.py
 
 bench: $(INSTALLED) ## a table of ratios with their bars, and _build/bench.json
 	$(RUN) -m benchmarks $(NAMES)

@@ -10,7 +10,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import explorables
+import icons
 import reference
+import speed
 from docutils import nodes
 from ledger_page import ClaimsSummary, ClaimsTable
 from notebooks import EVIDENCE, texts
@@ -133,6 +135,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", lighten_page, priority=900)
     app.connect("html-page-context", turn_past_evidence)
     explorables.setup(app)
+    icons.setup(app)
+    speed.setup(app)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)
