@@ -4,6 +4,7 @@ The package is taken from this tree, whether installed or not.
 """
 
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
-
-from relubook.evidence.claims import source_notes
 
 UNUSED_SCRIPTS = ("thebe", "togglebutton", "design-tabs", "copybutton_funcs")
 UNUSED_STYLES = ("thebe", "togglebutton", "sphinx-design")
@@ -78,8 +77,9 @@ class SourceNotes(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return a bullet list."""
+        claims = (reference.PACKAGE / "evidence" / "claims.toml").read_text(encoding="utf-8")
         lines = []
-        for label, note in source_notes().items():
+        for label, note in tomllib.loads(claims)["notes"].items():
             facts = ", ".join(filter(None, [note["author"], note["date"] or "undated"]))
             titles = dict.fromkeys(filter(None, [note["title"], note["title_en"]]))
             lines.append(f"- **{label}**: {' · '.join(titles)} ({facts})")

@@ -19,32 +19,24 @@ __all__ += ["setup", "show", "use_style"]
 _started: float | None = None
 
 
-def setup(*, seed: int | None = None, threads: int = 1) -> int:
-    """Prepare a notebook: figures in the house style, seeds fixed, threads limited.
+def setup() -> int:
+    """Prepare a notebook: figures in the house style, seeds fixed, torch on one thread.
 
-    Args:
-        seed: Seeds Python's, NumPy's and torch's global generators; by default the base seed.
-        threads: Threads for torch. With one, sums come out the same on every run.
+    Python's, NumPy's and torch's global generators get the seed; with one thread, sums come out
+    the same on every run.
 
     Returns:
         The seed, from which a notebook draws all its networks and batches: 0 unless the
         environment variable ``RELUBOOK_SEED`` moves the whole book to another.
-
-    Raises:
-        ValueError: If ``seed`` is negative or ``threads`` is below 1.
     """
-    seed = base_seed() if seed is None else seed
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, not {seed}")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    seed = base_seed()
     global _started
     _started = time.process_time()
     np = require("numpy", "seeding")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     use_style()
     return seed
 

@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from relubook.evidence import claims
 from relubook.evidence.card import card, number
-from relubook.evidence.claims import LedgerMismatchError, claim, ledger, part
+from relubook.evidence.claims import claim, ledger, part
 from relubook.evidence.statistics import interval
 
 LOW, HIGH = np.full(200, 0.0), np.tile([0.5, 0.7], 100)
@@ -193,11 +192,11 @@ def test_recorded_verdict_is_checked_again(record, monkeypatch):
     again = claim("cheap").check(part("a", HIGH + 0.01, at_least=0.3))
     assert repr(first) == repr(again)
     assert json.loads(record.read_text())["cheap"]["verdict"] == "true"
-    with pytest.raises(LedgerMismatchError, match="recorded as true, but here it is false"):
+    with pytest.raises(AssertionError, match="recorded as true, but here it is false"):
         claim("cheap").check(part("a", LOW, at_least=0.3))
-    with pytest.raises(LedgerMismatchError):
+    with pytest.raises(AssertionError, match="recorded as"):
         claim("cheap").check(part("a", HIGH, at_least=0.2))
-    with pytest.raises(LedgerMismatchError, match="no recorded verdict"):
+    with pytest.raises(AssertionError, match="no recorded verdict"):
         claim("nonlinear").check(part("a", HIGH, at_least=0.3))
 
 
@@ -205,7 +204,7 @@ def test_a_limit_left_open_by_chance_contradicts_nothing(monkeypatch):
     claim("cheap").check(mains([HIGH]), [limit(HIGH, at_least=0.3)])
     monkeypatch.setenv("RELUBOOK_LEDGER", "check")
     assert claim("cheap").check(mains([HIGH]), [limit(WIDE, at_least=0.3)]).word == "true, but"
-    with pytest.raises(LedgerMismatchError):
+    with pytest.raises(AssertionError, match="recorded as"):
         claim("cheap").check(mains([HIGH]), [limit(LOW, at_least=0.3)])
 
 
@@ -216,7 +215,7 @@ def test_elsewhere_a_changed_verdict_is_a_notice(monkeypatch):
     with pytest.warns(UserWarning, match="here it is false"):
         assert claim("cheap").check(mains([LOW])).word == "false"
     monkeypatch.setenv("CI", "true")
-    with pytest.raises(LedgerMismatchError):
+    with pytest.raises(AssertionError, match="recorded as"):
         claim("cheap").check(mains([LOW]))
 
 
@@ -295,7 +294,9 @@ def test_ledger_lists_every_claim_with_its_facts():
 
 
 def test_source_notes_are_named():
-    notes = claims.source_notes()
+    notes = tomllib.loads(Path(claims.__file__).with_name("claims.toml").read_text("utf-8"))[
+        "notes"
+    ]
     assert set(notes) == {"N1", "N2", "N3", "N4", "N5"}
     used = {note for row in ledger() for note in claim(row["id"]).notes}
     assert used == set(notes)
@@ -304,24 +305,6 @@ def test_source_notes_are_named():
 def test_unknown_claim_names_the_nearest():
     with pytest.raises(ValueError, match="nearest are .*cheap"):
         claim("cheep")
-
-
-def test_command_line(capsys):
-    claims.main([])
-    table = capsys.readouterr().out
-    assert "one-sided" in table
-    assert "claims have a verdict" in table
-    claims.main(["--json"])
-    rows = json.loads(capsys.readouterr().out)
-    assert {"id", "statement", "chapter", "verdict", "parts"} <= set(rows[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["relubook.claims", "relubook claims"])
-def test_module_runs(module):
-    command = [sys.executable, "-m", *module.split(), "--json"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert len(json.loads(output)) >= 87
 
 
 def test_data_ships_with_the_package():

@@ -7,7 +7,7 @@ A network is given here by its layers, ``[(weight, bias), ...]`` in torch's shap
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,61 +56,31 @@ def linear_regions_lower(inputs: int, widths: Sequence[int]) -> int:
     return folds * hyperplane_regions(widths[-1], inputs)
 
 
-class PlaneRegion(NamedTuple):
-    """A polygon of the plane on which every unit of a network keeps its state, float64.
-
-    Attributes:
-        corners: Its corners in order, (k, 2).
-        pattern: Which hidden units fire on it, bool (units,).
-        weight: The network there is ``weight @ x + bias``: (outputs, 2).
-        bias: (outputs,).
-    """
-
-    corners: Tensor
-    pattern: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    @property
-    def area(self) -> float:
-        """Area of the polygon."""
-        x, y = self.corners.T
-        return 0.5 * abs(float((x * y.roll(-1) - y * x.roll(-1)).sum()))
-
-
 CLOSE = 1e-10
 """A corner this close to a unit's line counts as on it, so that slivers are no regions."""
 
 
-def plane_regions(layers: Layers, *, low: float = -1.0, high: float = 1.0) -> list[PlaneRegion]:
-    """Cut a square of the plane into the regions on which no unit of a network switches.
+def plane_regions(layers: Layers, *, low: float = -1.0, high: float = 1.0) -> list[Tensor]:
+    """Cut a square of the plane into the polygons on which no unit of a network switches.
 
-    Polygons are cut by one line after another, layer by layer; they fill the square. Two neighbors
-    can still share one linear map, for instance where a unit has no successor.
+    They are cut by one line after another, layer by layer, and fill the square. Two neighbors can
+    still share one linear map, for instance where a unit has no successor.
+
+    Returns the corners of each in order, (k, 2), float64.
     """
     np: Any = require("numpy", "regions of the plane")
-    *hidden, last = [(weight.double().numpy(), bias.double().numpy()) for weight, bias in layers]
     square = np.array([(low, low), (high, low), (high, high), (low, high)], dtype=float)
-    # A region is its corners, the affine map onto the layer's inputs, and the pattern so far.
-    regions = [(square, np.eye(2), np.zeros(2), ())]
-    for weight, bias in hidden:
+    # A region is its corners, and the affine map onto the layer's inputs.
+    regions = [(square, np.eye(2), np.zeros(2))]
+    for weight, bias in ((w.double().numpy(), b.double().numpy()) for w, b in layers[:-1]):
         cut = []
-        for corners, a, c, pattern in regions:
+        for corners, a, c in regions:
             za, zc = weight @ a, weight @ c + bias
             for polygon in _cells(np, corners, za, zc):
                 fires = za @ polygon.mean(0) + zc > 0
-                cut.append((polygon, za * fires[:, None], zc * fires, (*pattern, *fires.tolist())))
+                cut.append((polygon, za * fires[:, None], zc * fires))
         regions = cut
-    weight, bias = last
-    return [
-        PlaneRegion(
-            torch.from_numpy(corners),
-            torch.tensor(pattern, dtype=torch.bool),
-            torch.from_numpy(weight @ a),
-            torch.from_numpy(weight @ c + bias),
-        )
-        for corners, a, c, pattern in regions
-    ]
+    return [torch.from_numpy(corners) for corners, _, _ in regions]
 
 
 def _cells(np: Any, corners: Any, slopes: Any, offsets: Any) -> list[Any]:

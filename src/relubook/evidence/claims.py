@@ -12,7 +12,6 @@ All intervals of a card hold together with 99% confidence (Bonferroni), so which
 from them are right with 99%.
 """
 
-import argparse
 import difflib
 import functools
 import json
@@ -30,7 +29,7 @@ from relubook.evidence._files import write_whole
 from relubook.evidence.card import KINDS, card, number
 from relubook.evidence.statistics import Range, finite_samples, interval
 
-__all__ = ["WORDS", "Claim", "LedgerMismatchError", "Part", "Verdict", "claim", "ledger", "part"]
+__all__ = ["WORDS", "Claim", "Part", "Verdict", "claim", "ledger", "part"]
 
 WORDS = ("true", "true, but", "false", "undecided", "cited", "untested")
 CONFIDENCE = 0.99
@@ -38,10 +37,6 @@ LEAST_SAMPLES = 30
 
 _DATA = Path(__file__).with_name("claims.toml")
 _RECORD = _DATA.with_name("verdicts.json")
-
-
-class LedgerMismatchError(AssertionError):
-    """A measured verdict differs from the recorded one."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,7 @@ class Claim:
 
         Raises:
             ValueError: If there is no main part, a limit lacks its ``but=``, or a sentence repeats.
-            LedgerMismatchError: In CI and under ``make notebooks``, if the verdict or a part that
+            AssertionError: In CI and under ``make notebooks``, if the verdict or a part that
                 was decided came out otherwise than recorded; elsewhere a warning says so. The file
                 of the records is ``RELUBOOK_VERDICTS``, if that is set.
         """
@@ -277,7 +272,7 @@ class Claim:
         old, new = records.get(self.id), verdict.record()
         if mode == "record":
             records[self.id] = new
-            ordered = {known: records[known] for known in _data()[0] if known in records}
+            ordered = {known: records[known] for known in _claims() if known in records}
             write_whole(_record_path(), json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
             return verdict
         if old and not _contradicts(old, new):
@@ -286,7 +281,7 @@ class Claim:
         message = f"claim {self.id!r} {before} here it is {verdict.word}"
         details = "; ".join(f"{p.verdict}: {p.sentence}, {p.numbers}" for p in verdict.parts)
         if mode == "check":
-            raise LedgerMismatchError(f"{message}. {details}")
+            raise AssertionError(f"{message}. {details}")
         warnings.warn(f"{message} (other versions or hardware?). {details}", stacklevel=3)
         return verdict
 
@@ -314,20 +309,15 @@ def _records() -> dict[str, Any]:
 
 
 @functools.cache
-def _data() -> tuple[dict[str, Claim], dict[str, dict[str, str]]]:
-    data = tomllib.loads(_DATA.read_text(encoding="utf-8"))
-    claims = (Claim(**entry | {"notes": tuple(entry["notes"])}) for entry in data["claims"])
-    return {entry.id: entry for entry in claims}, data["notes"]
-
-
-def source_notes() -> Mapping[str, Mapping[str, str]]:
-    """Return title, English title, author and date of the source notes by label (N1 to N5)."""
-    return _data()[1]
+def _claims() -> dict[str, Claim]:
+    data = tomllib.loads(_DATA.read_text(encoding="utf-8"))["claims"]
+    claims = (Claim(**entry | {"notes": tuple(entry["notes"])}) for entry in data)
+    return {entry.id: entry for entry in claims}
 
 
 def claim(claim_id: str) -> Claim:
     """Return a claim by its id; ValueError names the nearest ids if there is none."""
-    known = _data()[0]
+    known = _claims()
     if claim_id not in known:
         close = ", ".join(difflib.get_close_matches(str(claim_id), known, cutoff=0.4)) or "none"
         raise ValueError(f"no claim has the id {claim_id!r}; the nearest are {close}")
@@ -343,20 +333,5 @@ def ledger() -> list[dict[str, Any]]:
         | {"notes": list(entry.notes)}
         | empty
         | records.get(entry.id, {})
-        for entry in _data()[0].values()
+        for entry in _claims().values()
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the ledger as a table, or with ``--json`` as a list for programs."""
-    parser = argparse.ArgumentParser(prog="python -m relubook claims", description=main.__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    rows = ledger()
-    if parser.parse_args(arguments).json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-        return 0
-    for row in rows:
-        print(f"{row['id']:<25}  {row['chapter']:<27}  {row['verdict']:<9}  {row['statement']}")
-    tested = sum(row["verdict"] != "untested" for row in rows)
-    print(f"{tested} of {len(rows)} claims have a verdict")
-    return 0

@@ -18,7 +18,6 @@ Another cell draws what is stored, after it has computed a slice anew::
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,10 +123,11 @@ def computation(
 def load(name: str, folder: Path | str | None = None) -> Results:
     """Return a stored result with its record; FileNotFoundError says how to compute it.
 
-    It lies in the folder given, else in that of the environment variable ``RELUBOOK_RESULTS``,
-    else in ``book/results`` of the repository, else in the installed package.
+    It lies in the folder given, else in the installed package or the repository's ``book/results``.
     """
-    path = _folder(folder) / f"{name}.json"
+    here = Path(__file__).parents[1]
+    packed, kept = here / "_results", here.parents[1] / "book" / "results"
+    path = Path(folder or (packed if packed.is_dir() else kept)) / f"{name}.json"
     if not path.exists():
         raise FileNotFoundError(f"{name!r} is not stored; compute it by: make full NAMES={name}")
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -179,13 +179,6 @@ def _compare(what: str, pair: Any, rounding: float) -> None:
             f"{what}: mean {now.mean():.4g}, stored {before.mean():.4g}; the 99.9% interval of the "
             f"difference, {low:.3g} to {high:.3g}, lies beyond the rounding of {rounding:g}"
         )
-
-
-def _folder(folder: Path | str | None) -> Path:
-    here = Path(__file__).parents[1]
-    packed, kept = here / "_results", here.parents[1] / "book" / "results"
-    default = packed if packed.is_dir() else kept
-    return Path(folder or os.environ.get("RELUBOOK_RESULTS") or default)
 
 
 def _plain(number: Any) -> float:

@@ -55,14 +55,10 @@ def interval(
     Source: Hall 1992, https://doi.org/10.1111/j.2517-6161.1992.tb01872.x
     """
     np, stats = require("numpy", "intervals"), require("scipy.stats", "intervals")
-    x, alpha = np.asarray(samples), 1 - confidence
-    if x.ndim != 1 or not len(x):
-        raise ValueError(f"samples must be one value a network, shape (n,), not {x.shape}")
+    x, _ = finite_samples(samples, None)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie strictly between 0 and 1, not {confidence!r}")
-    truths, x, n = x.dtype == bool, x.astype(float), len(x)
-    if bad := int((~np.isfinite(x)).sum()):
-        raise ValueError(f"{bad} of {n} samples are not finite: say by nonfinite= how they count")
+    truths, x, n, alpha = x.dtype == bool, x.astype(float), len(x), 1 - confidence
     low, high = within or (-math.inf, math.inf)
     if x.min() < low or x.max() > high:
         raise ValueError(f"samples from {x.min():g} to {x.max():g} lie outside within={within}")
@@ -93,13 +89,13 @@ def finite_samples(samples: Samples, nonfinite: float | str | None) -> tuple[Any
     """Return samples ready for an interval, and how many of them were not finite.
 
     Args:
-        samples: One number or truth value a network, shape (n,); else ValueError.
+        samples: One number or truth value a network, shape (n,), n >= 1; else ValueError.
         nonfinite: "omit", or the number that NaN and infinity count as; None refuses them by a
             ValueError: an overflowed network is not silent, and how it counts is for you to say.
     """
     np = require("numpy", "intervals")
     x = np.asarray(samples)
-    if x.ndim != 1:
+    if x.ndim != 1 or not len(x):
         raise ValueError(f"samples must be one value a network, shape (n,), not {x.shape}")
     finite = np.isfinite(x)
     if (bad := int((~finite).sum())) and nonfinite is None:

@@ -124,41 +124,24 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 
 class Layer(NamedTuple):
-    """A call of a layer with weights.
+    """A call of a layer with weights."""
 
-    Attributes:
-        name: Qualified name of the module; ``None`` for constants and layers made in the pass.
-        source: What tells it from other layers: name and parameter.
-        dim: The dimension of its output along which units lie, from the end.
-        age: When it was called.
-    """
-
-    name: str | None
-    source: tuple[str, ...] = ()
-    dim: int = -1
-    age: int = 0
+    name: str | None  # that of the module; None for constants and layers made in the pass
+    source: tuple[str, ...] = ()  # what tells it from other layers: name and parameter
+    dim: int = -1  # that of its output along which units lie, from the end
+    age: int = 0  # when it was called
 
 
 class Tag(NamedTuple):
-    """Where a tensor comes from.
+    """Where a tensor comes from."""
 
-    Attributes:
-        units: Number of the unit of each element, or ``None`` if unknown.
-        inputs: Number of the input of each element, or ``None`` if unknown.
-        data: Whether it depends on the model's inputs.
-        reason: Why the units are unknown.
-        layer: What numbered its units.
-        near: Whether nothing but shape operations, pooling or dropout came since.
-        weight: It was computed from parameters only, those of ``layer``.
-    """
-
-    units: Tensor | None = None
-    inputs: Tensor | None = None
-    data: bool = True
-    reason: str = RAW
-    layer: Layer = Layer(None)
-    near: bool = False
-    weight: bool = False
+    units: Tensor | None = None  # the number of the unit of each element, if known
+    inputs: Tensor | None = None  # the number of the input of each element, if known
+    data: bool = True  # whether it depends on the model's inputs
+    reason: str = RAW  # why the units are unknown
+    layer: Layer = Layer(None)  # what numbered its units
+    near: bool = False  # whether nothing but shape operations, pooling or dropout came since
+    weight: bool = False  # whether it was computed from parameters only, those of ``layer``
 
 
 def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:

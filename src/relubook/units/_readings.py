@@ -19,23 +19,16 @@ Place = tuple[str, bool]
 
 @dataclass(eq=False)
 class Followed:
-    """A site, and the largest pre-activation of each unit since the window began.
+    """A site, and the largest pre-activation of each unit since the window began."""
 
-    Attributes:
-        level: Its rectifier is silent up to this pre-activation.
-        peak: Shape (units,).
-        dead: ``bool``, shape (units,), on the CPU: silent in the last window that reached it.
-        ways: For each place that feeds it, and each call there (from 1) that does, the dimension of
-            the units in the tensor, counted from the end.
-        unread: Whether a call was fed from where no hook sees it.
-    """
-
-    level: float
-    peak: Tensor
-    dead: Tensor
+    level: float  # its rectifier is silent up to this pre-activation
+    peak: Tensor  # (units,)
+    dead: Tensor  # bool, (units,), on the CPU: silent in the last window that reached it
     name: str = ""
+    # For each place that feeds it, and each call there (from 1) that does, the dimension of the
+    # units in the tensor, counted from the end.
     ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
-    unread: bool = False
+    unread: bool = False  # whether a call was fed from where no hook sees it
 
 
 def channel_peak(x: Tensor, dim: int) -> Tensor:
@@ -109,22 +102,17 @@ class Reader(Hook):
 
 
 class Audit(SiteFinder):
-    """Lists the sites of a pass, and where hooks can read them.
-
-    Attributes:
-        modules: Those that can have hooks, by name.
-        found: Sites by key, in the order of their first calls.
-        counts: How often each place was passed.
-    """
+    """Lists the sites of a pass, and where hooks can read them."""
 
     running: ClassVar[bool] = False  # any audit's pass, which no watch may count
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
         scripted = torch.jit.ScriptModule
+        # Those that can have hooks, by name.
         self.modules = {k: m for k, m in self._modules.items() if not isinstance(m, scripted)}
-        self.found: dict[Any, Followed] = {}
-        self.counts: Counter[Place] = Counter()
+        self.found: dict[Any, Followed] = {}  # by key, in the order of their first calls
+        self.counts: Counter[Place] = Counter()  # how often each place was passed
         self._seen: dict[int, list[tuple[Place, int, Tensor, int]]] = defaultdict(list)
 
     def run(self, module: nn.Module, batch_size: int, args: Any, kwargs: Any) -> None:

@@ -45,16 +45,12 @@ class Unpaired(Exception):  # noqa: N818  (a finding, not an error)
 
 @dataclass
 class Sink:
-    """A layer whose weights for some input columns are to become zero.
-
-    ``columns`` are bool, ``constant`` float64, both ``(inputs,)``: which columns the silent units
-    reach, and what these hold then.
-    """
+    """A layer whose weights for some input columns are to become zero."""
 
     name: str
     module: Any
-    columns: Tensor
-    constant: Tensor
+    columns: Tensor  # bool, (inputs,): which of them the silent units reach
+    constant: Tensor  # float64, (inputs,): what these hold then
 
     def __post_init__(self) -> None:
         self.is_folded = bool((self.constant != 0).any())
@@ -84,20 +80,13 @@ class Plan:
 
 @dataclass
 class Way:
-    """Where the outputs of a layer go.
+    """Where the outputs of a layer go."""
 
-    Attributes:
-        first: Number of its first unit.
-        before: Name of the norm in front of its rectifier.
-        norms: What norms behind the rectifier returned, the least by channel.
-        sites: Keys of its rectifiers.
-        ends: Numbers of units, and what gets them that is no layer, in words.
-    """
-
-    first: int
-    before: str | None = None
-    norms: list[Tensor] = field(default_factory=list)
-    sites: set[Any] = field(default_factory=set)
+    first: int  # the number of its first unit
+    before: str | None = None  # the norm in front of its rectifier
+    norms: list[Tensor] = field(default_factory=list)  # what those behind it gave, least by channel
+    sites: set[Any] = field(default_factory=set)  # the keys of its rectifiers
+    # Numbers of units, and what gets them that is no layer, in words.
     ends: list[tuple[Tensor, str]] = field(default_factory=list)
 
 
@@ -125,7 +114,11 @@ def find_readers(
     for site in dead:
         try:
             plan = tracer.plan(site)
-            if not training.agrees(plan):
+            try:
+                readers = training.readers(plan.producer, plan.units)
+            except Unpaired:
+                readers = {}
+            if readers != {sink.name: sink.columns.tolist() for sink in plan.sinks}:
                 raise Unpaired("its units go other ways in training than in evaluation mode")
             plans.append(plan)
         except Unpaired as reason:
@@ -316,14 +309,6 @@ class Tracer(SiteFinder):
                 raise Unpaired(f"what {name!r} computes goes to 2 places or more, one is {what}")
         found = {reader: torch.isin(whose, mine) for reader, (whose, _, _) in self.reads.items()}
         return {reader: columns.tolist() for reader, columns in found.items() if columns.any()}
-
-    def agrees(self, plan: Plan) -> bool:
-        """Tell whether the units of a plan have the same readers in this pass."""
-        try:
-            readers = self.readers(plan.producer, plan.units)
-        except Unpaired:
-            return False
-        return readers == {sink.name: sink.columns.tolist() for sink in plan.sinks}
 
     def plan(self, site: Any) -> Plan:
         """Say how to repair a site.

@@ -35,29 +35,18 @@ class AmbiguousUnitsError(ValueError):
 
 
 class Site(NamedTuple):
-    """One call of a rectifier, as :meth:`SiteFinder.observe` gets it.
+    """One call of a rectifier, as :meth:`SiteFinder.observe` gets it."""
 
-    Attributes:
-        key: Its name without ``#k``, the way to the call, and the layer that feeds it.
-        units: Number of units.
-        dims: Dimensions of its input along which units lie.
-        order: ``None`` if each place along ``dims`` is a unit of its own; else what sorts these
-            places by unit, each of which has equally many.
-        inputs: Number of the input of each element; ``None`` if unknown.
-        data: Whether what reaches it depends on the model's inputs.
-        producer: Name of the module with weights that made its input, if nothing but shape
-            operations, pooling or dropout came since.
-        location: Line of the model that made the call.
-    """
-
-    key: tuple[Any, ...]
+    key: tuple[Any, ...]  # its name without ``#k``, the way to the call, the layer that feeds it
     kind: Kind
-    units: int
-    dims: tuple[int, ...]
+    units: int  # how many there are
+    dims: tuple[int, ...]  # those of its input along which units lie
+    # None if each place along them is a unit; else what sorts these places by unit, equally many
+    # for each.
     order: Tensor | None
-    inputs: Tensor | None
-    data: bool
-    producer: str | None
+    inputs: Tensor | None  # the number of the input of each element, if known
+    data: bool  # whether what reaches it depends on the model's inputs
+    producer: str | None  # as in a :class:`~relubook.units.report.SiteReport`
     location: str | None
 
     def per_unit(self, x: Tensor, reduction: str) -> Tensor:
