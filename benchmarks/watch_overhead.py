@@ -106,7 +106,9 @@ def training(name: str, seconds: float) -> tuple[float, float]:
         value = ratio(trainer(build()), trainer(watched), seconds)
         while watch.step < watch.window:
             watched(x)
-        return value, watch.nbytes() / sum(site.units for site in watch.compute())
+        report = watch.compute()
+        held = sum(s.peak.nbytes + s.dead.nbytes for s in (*watch._sites.values(), *report))
+        return value, held / sum(site.units for site in report)
 
 
 def diagnosis(name: str, seconds: float) -> float:

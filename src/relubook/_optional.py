@@ -5,17 +5,9 @@ from types import ModuleType
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Import an optional dependency.
+    """Return a module by its dotted name; if it is missing, ImportError names the extra.
 
-    Args:
-        module: Dotted name of the module, such as ``"matplotlib.pyplot"``.
-        purpose: What it is needed for, as it completes "... needs it for".
-
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: If the module is not installed; names the extra that brings it.
+    The purpose completes the words "needs it for".
     """
     try:
         return importlib.import_module(module)

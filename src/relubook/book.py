@@ -124,12 +124,9 @@ def show(figure: Any) -> None:
 def percent(shares: Sequence[Any] | Any) -> str:
     """Return the mean of some shares with its 95% interval, such as ``"64% [58%, 70%]"``.
 
-    Where fewer than five networks differ, there is no interval to speak of; ``"0.2% (28 of 30 at
-    0%)"`` says instead how many agree.
-
-    Args:
-        shares: One share or truth value a network, shape (n,), n >= 1. Networks with NaN or
-            infinity, which overflowed, are left out, and the text says how many.
+    Shares or truth values have shape (n,), one a network, n >= 1; NaN and infinity, which
+    overflowed, are left out, and the text says how many. Where fewer than five networks differ,
+    ``"0.2% (28 of 30 at 0%)"`` says how many agree, instead of an interval.
     """
     values = [float(share) for share in shares]
     finite = [value for value in values if math.isfinite(value)]
@@ -148,11 +145,9 @@ def percent(shares: Sequence[Any] | Any) -> str:
 
 
 def headline(figure: Any, words: str) -> None:
-    """Write the message of a figure above it, from its left edge.
+    """Write the message of a matplotlib figure, one sentence, above it, from its left edge.
 
-    Args:
-        figure: A ``matplotlib.figure.Figure``.
-        words: One sentence; break it where a line would hold more than 45 characters.
+    Break it where a line would hold more than 45 characters.
     """
     figure.suptitle(words, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
 
@@ -178,12 +173,9 @@ def dots(
         axes: A matplotlib ``Axes``.
         places: Where each group stands on the x axis; 0, 1, 2, ... for groups with names.
         samples: For each group one number a network, shape (n,); NaN and infinity are left out.
-        color: Color of the series, and of its label.
-        shift: How far to the right of its place a group is drawn, so that two series do not
-            cover each other.
-        marker: Shape of the dots, so that series differ without color too.
-        label: Words written beside the series, in its color; better than a legend.
-        at: Where they start, in the coordinates of the data.
+        color, marker: Of the dots and all else; with both, series differ without color too.
+        shift: How far to the right of its place each group is drawn, beside other series.
+        label, at: Words in the series' color, and where they start in the data's coordinates.
         within: The least and the greatest value possible; None if unbounded.
         line: Style of the line through the means; an empty string draws none.
     """

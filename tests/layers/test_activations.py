@@ -326,9 +326,9 @@ def test_chosen_derivative_refuses_what_makes_no_sense():
         relu_with_derivative_at_zero(x, math.nan)
     with pytest.raises(ValueError, match="value must be finite"):
         relu_with_derivative_at_zero(x, torch.tensor([0.0, math.inf, 1.0]))
-    with pytest.raises(ValueError, match=r"\(4,\) cannot be expanded to the input's \(2, 3\)"):
+    with pytest.raises(RuntimeError, match=r"sizes: \[2, 3\].*sizes: \[4\]"):
         relu_with_derivative_at_zero(x, torch.zeros(4))
-    with pytest.raises(ValueError, match="cannot be expanded"):
+    with pytest.raises(RuntimeError, match="expand"):
         relu_with_derivative_at_zero(torch.zeros(3), torch.zeros(2, 3))
     with pytest.raises(TypeError, match="floating point, not torch.int64"):
         relu_with_derivative_at_zero(torch.zeros(2, dtype=torch.int64), 0.5)

@@ -848,7 +848,7 @@ def test_an_optimizer_of_other_parameters_raises_before_anything_changes():
     lbfgs = torch.optim.LBFGS(model.parameters())
     for wrong, error, message in (
         (partial, ValueError, "does not hold 'two.weight'$"),
-        (other, ValueError, "none of the model's parameters"),
+        (other, ValueError, "does not hold 'one.bias', 'one.weight', 'two.weight'$"),
         (lbfgs, ValueError, "L-BFGS"),
         (optimizer.state_dict(), TypeError, "optimizer is a dict"),
     ):

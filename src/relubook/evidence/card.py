@@ -14,12 +14,10 @@ _MARKS = {"holds": "\u2713", "fails": "\u2717", "open": "?"}
 
 
 def number(value: float, unit: str, digits: int | None = None) -> str:
-    """Write a number for a reader: in percent, with a real minus sign, and no minus zero.
+    """Write a number for a reader, also infinity: a real minus sign, and no minus zero.
 
-    Args:
-        value: Also infinite.
-        unit: ``"%"`` and ``" points"`` write hundredths; anything else writes the value itself.
-        digits: After the point; by default three or four significant ones in all.
+    The units ``"%"`` and ``" points"`` write hundredths, any other the value itself; by default it
+    has three or four significant digits, else so many after the point.
     """
     value *= 100 if unit in ("%", " points") else 1
     if digits is not None and math.isfinite(value):
@@ -34,9 +32,7 @@ def number(value: float, unit: str, digits: int | None = None) -> str:
 def card(verdict: Any, confidence: float) -> str:
     """Return a :class:`~relubook.evidence.claims.Verdict` as HTML.
 
-    Args:
-        verdict: What a check came to.
-        confidence: Of all intervals of the card together.
+    The confidence is that of all its intervals together.
     """
     claim, word = verdict.claim, verdict.word
     body = "".join(map(_row, (p for p in verdict.parts if p.role == "main")))

@@ -219,18 +219,16 @@ class Claim:
         A main part that fails makes the claim *false*, one that is open *undecided*. If all hold it
         is *true*, or *true, but* as long as a limit does not hold.
 
+        The verdict shows itself as a card when it ends a cell.
+
         Args:
             main: The claim at its own strength; of several parts all are needed.
             limits: What a reader should know besides, each with the ``but=`` of its failure.
 
-        Returns:
-            The verdict, which shows itself as a card when it ends a cell.
-
         Raises:
             ValueError: If there is no main part, a limit lacks its ``but=``, or a sentence repeats.
-            AssertionError: In CI and under ``make notebooks``, if the verdict or a part that
-                was decided came out otherwise than recorded; elsewhere a warning says so. The file
-                of the records is ``RELUBOOK_VERDICTS``, if that is set.
+            AssertionError: In CI and under ``make notebooks``, if the verdict or a part that was
+                decided is not as recorded (in ``RELUBOOK_VERDICTS``, if set); else a warning.
         """
         main = [main] if isinstance(main, Part) else list(main)
         sentences = [p.sentence for p in (*main, *limits)]
@@ -253,9 +251,8 @@ class Claim:
     def cite(self, *sources: tuple[str, str], finding: str) -> Verdict:
         """Settle a claim of history or biology by its sources; the verdict is *cited*.
 
-        Args:
-            *sources: Pairs of a label and the full https address (DOI or arXiv); else ValueError.
-            finding: What the sources say about the claim, in one or two sentences.
+        Sources are pairs of a label and a full https address (DOI or arXiv), at least one, else
+        ValueError; the finding is what they say about the claim, in one or two sentences.
         """
         if not sources:
             raise ValueError(f"claim {self.id!r} must have at least one source to cite")

@@ -52,14 +52,14 @@ def _known(kind: str, name: str, known: Collection[str]) -> None:
 
 
 def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.float32) -> Dataset:
-    """Load a real data set that ships with scikit-learn; the rows are the same on every call.
+    """Load one of :data:`DATASETS` (else ValueError); the rows are the same on every call.
 
     Args:
-        name: One of :data:`DATASETS`; ValueError otherwise.
+        name: Its name.
         standardize: Give the inputs mean 0 and variance 1 over the training part: each feature of
             a table; all pixels of images together. If False, images are scaled to [0, 1] and
             tables are left as they are. Regression targets are standardized in any case.
-        dtype: Floating-point type of the inputs.
+        dtype: Of the inputs.
     """
     _known("data set", name, DATASETS)
     bunch = getattr(require("sklearn.datasets", "data sets"), f"load_{name}")()

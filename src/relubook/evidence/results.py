@@ -101,13 +101,13 @@ class Computation:
 def computation(
     name: str, *, grid: Grid, seeds: int | Iterable[int]
 ) -> Callable[[Callable[..., Any]], Computation]:
-    """Make a function a named computation.
+    """Make a function a named computation; ValueError for another name, or an empty grid or seeds.
 
     Args:
-        name: Its name and that of its file: lower-case letters, digits and hyphens; written out,
-            since the tool that finds it reads the cell.
+        name: That of its file too: lower-case letters, digits and hyphens, written out, since the
+            tool that finds it reads the cell.
         grid: The values of each parameter, as JSON can hold them; the cells are their product.
-        seeds: The seeds of every cell; a number m stands for ``range(m)``. ValueError if empty.
+        seeds: The seeds of every cell; a number m stands for ``range(m)``.
     """
     if not name or not all(c.islower() or c.isdigit() or c == "-" for c in name):
         raise ValueError(f"a name must have lower-case letters, digits and hyphens, not {name!r}")
@@ -141,15 +141,10 @@ def load(name: str, folder: Path | str | None = None) -> Results:
 def assert_agrees(stored: Results, live: Results, *, rounding: float = 0.0) -> None:
     """Assert that a slice computed live contradicts nothing that is stored.
 
-    Training is chaotic, so on another machine single networks end elsewhere. Each quantity of
-    each cell is therefore judged by its differences at the same seeds, and so is the share of
-    numbers that are not finite: :func:`~relubook.evidence.statistics.interval` bounds their mean.
-
-    Args:
-        stored: From :func:`load`.
-        live: From :meth:`Computation.run`; ValueError if it is not part of what is stored.
-        rounding: AssertionError names the cell and the quantity if the 99.9% interval of a mean
-            difference lies beyond this, in the unit of the quantity.
+    Training is chaotic, so on another machine single networks end elsewhere. So each quantity of
+    each cell is judged by its differences at the same seeds, and so is the share of numbers that
+    are finite: AssertionError if the 99.9% interval of their mean lies beyond ``rounding``, in the
+    unit of the quantity. ValueError if what is live is not part of what is stored.
     """
     np = require("numpy", "stored results")
     place = {seed: i for i, seed in enumerate(stored.seeds)}

@@ -12,12 +12,10 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Time functions in turn, A B C A B C, so that a slow moment of the machine hits all alike.
 
-    Returns seconds of processor time per call, all threads together, one number a round, by name.
+    After one round that is not counted there are ``repeats`` rounds of so many ``calls`` of each
+    function: raise these for functions of microseconds. ValueError if any of the three is none.
 
-    Args:
-        functions: What to time, by name, at least one; each takes no argument.
-        repeats: Number of rounds, at least 1, after one round that is not counted.
-        calls: Calls a round, at least 1; raise it for functions of microseconds.
+    Returns seconds of processor time per call, all threads together, one number a round, by name.
     """
     if not functions:
         raise ValueError("functions must name at least one function: there is nothing to time")

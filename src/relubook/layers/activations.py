@@ -45,13 +45,7 @@ def relu_with_derivative_at_zero(input: Tensor, value: float | Tensor) -> Tensor
     at_zero = torch.as_tensor(value, dtype=input.dtype, device=input.device).detach()
     if not (at_zero.isfinite().all() if isinstance(value, Tensor) else math.isfinite(value)):
         raise ValueError(f"value must be finite, not {value!r}")
-    try:
-        at_zero = at_zero.expand(input.shape)
-    except RuntimeError:
-        own, shape = tuple(at_zero.shape), tuple(input.shape)
-        message = f"value of shape {own} cannot be expanded to the input's {shape}"
-        raise ValueError(message) from None
-    return torch.where(input == 0, at_zero * input, torch.relu(input))
+    return torch.where(input == 0, at_zero.expand(input.shape) * input, torch.relu(input))
 
 
 class Elementwise(nn.Module):

@@ -49,12 +49,9 @@ _SUPPORTED = (nn.Sequential, *_LINEAR, *_BATCH_NORMS, *_MONOTONE)
 
 @dataclass(frozen=True)
 class CertifiedSite:
-    """One rectifier.
+    """One rectifier, by its qualified name, and its kind, its class in lower case.
 
-    Attributes:
-        name: Qualified name of the rectifier.
-        kind: Its class in lower case, such as ``"relu"``.
-        upper: Float64, ``(units,)``: bound on the pre-activation over box and positions.
+    ``upper``, float64, ``(units,)``, bounds its pre-activations over box and positions.
     """
 
     name: str
@@ -94,20 +91,18 @@ def certify_dead(model: nn.Module, low: float | Tensor, high: float | Tensor) ->
     Every layer's values are bounded by intervals: exact for the first linear layer, sound but loose
     behind it, since how units depend on each other is ignored.
 
-    The bounds hold for what the model itself computes: they are evaluated in float64 and widened
-    by the a-priori error of a sum of n products in any order, n u / (1 - n u) times the sum of the
+    They hold for what the model itself computes: they are evaluated in float64 and widened by the
+    a-priori error of a sum of n products in any order, n u / (1 - n u) times the sum of the
     absolute products (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3), for the
-    u of the model's coarsest parameters, 2^-24 in float32, and for float64's; the box by the
-    rounding of its corners. Not covered are transformed convolutions (Winograd, FFT), TF32,
-    autocast and a lowered matmul precision.
+    u of the model's coarsest parameters, 2^-24 in float32. Not covered are transformed convolutions
+    (Winograd, FFT), TF32, autocast and a lowered matmul precision.
 
     Args:
         model: An ``nn.Sequential`` (nested ones too) or one layer. Up to the last rectifier it may
             hold linear layers, convolutions, batch norm with running statistics, ReLU, ReLU6,
             Hardtanh, max and average pooling, dropout and reshaping; behind it anything.
-        low: Lower corner: a number or a tensor. Together they have the shape of one input without
+        low, high: Corners: numbers or tensors that together have the shape of one input without
             the batch; two numbers do where the first layer is linear.
-        high: Upper corner, likewise.
 
     Raises:
         TypeError: If a layer is not supported, or the box holds no numbers.

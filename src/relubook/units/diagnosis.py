@@ -129,7 +129,6 @@ def diagnose(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    mode: Literal["train", "eval"] | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     count: Callable[[Any], int] | None = None,
     family: Literal["rectifiers", "all"] = "rectifiers",
@@ -159,12 +158,11 @@ def diagnose(
     that produced them through views, permutations, sums and the like.
 
     Args:
-        model: Any module. It runs without gradients.
+        model: Any module. It runs without gradients, in training or evaluation mode as it is.
         data: Iterable of batches: a tensor; a tuple or list whose first element is the input (a
             tensor, or a mapping of keyword arguments); or a mapping of keyword arguments. A
             single tensor or mapping is one batch. With ``forward``, anything. It is moved to the
             model's device, if it has one only.
-        mode: ``"train"`` or ``"eval"``. Default: as the model is.
         forward: ``forward(model, batch)`` runs the model, for batches of any other kind and such
             as hold NaN or infinity on purpose.
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
@@ -200,12 +198,8 @@ def diagnose(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    for name, value, allowed in (
-        ("mode", mode, (None, "train", "eval")),
-        ("family", family, ("rectifiers", "all")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+    if family not in ("rectifiers", "all"):
+        raise ValueError(f"family must be 'rectifiers' or 'all', not {family!r}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
@@ -218,8 +212,6 @@ def diagnose(
     example = None
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        if mode is not None:
-            model.train(mode == "train")
         stack.callback(counter.detach)
         counter.attach()
         for index, batch in enumerate(_batches(data)):

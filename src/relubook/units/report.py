@@ -67,15 +67,10 @@ class UnitListing(SiteListing[S]):
         return [site.name for site in self.sites if 0 < site.units == int(site.dead.sum())]
 
     def assert_alive(self, max_dead: float = 0.0) -> None:
-        """Raise unless every site is alive: for tests and continuous integration.
+        """Raise AssertionError unless every site is alive: for tests and continuous integration.
 
-        Args:
-            max_dead: Largest share of dead units that a site may have, from 0 to 1. A dead layer
-                fails at any value below 1.
-
-        Raises:
-            AssertionError: If a site has a larger share, or a unit that saw NaN or infinity.
-            ValueError: If ``max_dead`` is not between 0 and 1.
+        No site may have a larger share of dead units than ``max_dead``, from 0 to 1 (else
+        ValueError), nor a unit that saw NaN or infinity. Dead layers fail at any value below 1.
         """
         if not 0 <= max_dead <= 1:
             raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
@@ -123,11 +118,9 @@ class UnitListing(SiteListing[S]):
 
 
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Return the lines of a table, with a rule below its header.
+    """Return the lines of a table, given its header and rows, with a rule below the header.
 
-    Args:
-        rows: The header and the rows, all of one length.
-        words: How many of the first columns hold words, set flush left; the others hold numbers.
+    So many of its first columns as ``words`` says are set flush left; the others hold numbers.
     """
     aligned = [
         f"{'<' if column < words else '>'}{max(map(len, cells))}"
@@ -200,7 +193,11 @@ class SiteReport:
 
     @property
     def state(self) -> Tensor:
-        """Place in ``STATES`` of the state of each unit, ``int64``, shape (units,)."""
+        """Place in ``STATES`` of the state of each unit, ``int64``, shape (units,).
+
+        A *rare* unit fired on fewer than 1% of the inputs (of the observations, where
+        ``fired_inputs`` is ``None``), one that is *always on* was never silent and acts linearly.
+        """
         dead, rare, mixed, always_on, nonfinite = range(len(STATES))
         state = torch.full_like(self.fired, mixed)
         if self.silences:
@@ -217,24 +214,6 @@ class SiteReport:
     def dead(self) -> Tensor:
         """Units silent on every observation, ``bool``, shape (units,)."""
         return self.state == STATES.index("dead")
-
-    @property
-    def rare(self) -> Tensor:
-        """Units that fired, but on fewer than 1% of the inputs, ``bool``, shape (units,).
-
-        Where ``fired_inputs`` is ``None``, on fewer than 1% of the observations.
-        """
-        return self.state == STATES.index("rare")
-
-    @property
-    def always_on(self) -> Tensor:
-        """Units that were never silent, so that they act linearly, ``bool``, shape (units,)."""
-        return self.state == STATES.index("always on")
-
-    @property
-    def mixed(self) -> Tensor:
-        """Units in none of the other states, ``bool``, shape (units,)."""
-        return self.state == STATES.index("mixed")
 
     @property
     def score(self) -> Tensor | None:
@@ -314,8 +293,7 @@ class Report(UnitListing[SiteReport]):
     def plot(self, axes: Any = None) -> Any:
         """Draw a bar per site, split by the state of its units, and return the figure.
 
-        Args:
-            axes: ``matplotlib.axes.Axes`` to draw on. Default: a new figure, tall enough.
+        The axes are matplotlib's; by default those of a new figure, tall enough.
         """
         if axes is None:
             size = (5.2, 1.3 + 0.3 * len(self.sites))

@@ -45,14 +45,13 @@ _MOVED = (
 
 @dataclass(frozen=True)
 class Change:
-    """What was changed for one site.
+    """What was changed for one site; all modules are given by name.
 
     Attributes:
-        site: Name of the site in the report.
-        producer: Name of the layer whose units were re-initialized.
+        producer: The layer whose units were re-initialized.
         units: Indices of the revived units, ``(revived,)``, int64.
-        before: Name of the batch norm in front of the rectifier that was reset, or None.
-        consumers: Names of the layers whose weights for these units are now zero.
+        before: The batch norm in front of the rectifier that was reset, or None.
+        consumers: The layers whose weights for these units are now zero.
         folded: Those of the consumers whose bias took over the unit's constant.
         silent: How many of the revived units are silent on the batch all the same.
     """
@@ -141,9 +140,8 @@ def revive_(
     from the second step on the incoming ones too. The optimizer's running averages become 0 in the
     changed entries, but second moments of outgoing weights the mean over the tensor's other
     entries; other state returns to its start, and Adam's step count is kept. With second moments of
-    0, Adam's first update is (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate, and rises
-    to 6.6 times for a steady gradient (10 times for RMSprop): incoming weights learn soon by that,
-    outgoing ones would disturb the function.
+    0, Adam's updates rise from 3.2 to 6.6 times the learning rate (RMSprop: 10 times): incoming
+    weights learn soon by that, outgoing ones would disturb the function.
 
     Args:
         model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
@@ -173,7 +171,7 @@ def revive_(
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
     plans, reasons = find_readers(model, report.sites, batch)
     if optimizer is not None:
-        _check_optimizer(model, optimizer, plans)
+        _check_optimizer(optimizer, plans)
     if generator is None:  # the global random state gives the seed and stays where it is
         with torch.random.fork_rng([]):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -192,7 +190,10 @@ def revive_(
                     reasons[plan.site] = _MOVED
                     continue
                 undo.enter_context(repair.undo.pop_all())
-            changes.append(_change(plan, silent))
+            cut = tuple(sink.name for sink in plan.sinks)
+            folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
+            norm = plan.before[0] if plan.before else None
+            changes.append(Change(plan.site, plan.producer, plan.units, norm, cut, folded, silent))
             fresh += repair.fresh
         if optimizer is not None:
             _reset_state(optimizer, fresh, undo)
@@ -292,13 +293,6 @@ class _Repair:
         return int((values.amax(0) <= mean).sum())
 
 
-def _change(plan: Plan, silent: int) -> Change:
-    consumers = tuple(sink.name for sink in plan.sinks)
-    folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
-    before = plan.before[0] if plan.before else None
-    return Change(plan.site, plan.producer, plan.units, before, consumers, folded, silent)
-
-
 def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[_Fresh], undo: ExitStack) -> None:
     """Let the optimizer's state of the entries that start anew do so too."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -329,14 +323,12 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
     return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, plans: list[Plan]) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, plans: list[Plan]) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("L-BFGS keeps no state per entry: pass a new one after revive_ instead")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(map(id, model.parameters())):
-        raise ValueError("the optimizer holds none of the model's parameters")
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
     if missing:
         raise ValueError(f"the optimizer does not hold {', '.join(sorted(missing))}")

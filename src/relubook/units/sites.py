@@ -149,11 +149,8 @@ def hook(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 class SiteFinder(TorchDispatchMode):
     """Calls :meth:`before` and :meth:`observe` for every rectifier of a forward pass.
 
-    Args:
-        model: The model.
-        smooth: Look for leaky and smooth members too.
-        unit_dim: As of :func:`relubook.units.diagnosis.diagnose`.
-        batch_dim: Dimension of the model's inputs along which they are batched.
+    With ``smooth`` it looks for leaky and smooth members too; ``unit_dim`` and ``batch_dim`` are
+    those of :func:`relubook.units.diagnosis.diagnose`.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,12 @@ __all__ = ["Event", "Watch", "WatchReport", "WatchedSite"]
 
 
 class Event(NamedTuple):
-    """A death or a revival.
+    """A death or a revival of one unit of a site, by the site's name and the unit's index.
 
-    Attributes:
-        step: First step of the window that showed it. A unit that died was silent from this step
-            on at the latest; a unit that was revived fired in this window for the first time.
-        until: Last step of that window.
-        site: Name of the site.
-        unit: Index of the unit.
-        kind: ``"death"``, also if the first window that reached the site found the unit silent, or
-            ``"revival"``.
+    The window that showed it goes from ``step`` to ``until``. A unit that died was silent from its
+    first step on at the latest; one that was revived fired in it for the first time. The kind is
+    ``"death"``, also if the first window that reached the site found the unit silent, or
+    ``"revival"``.
     """
 
     step: int
@@ -40,19 +36,16 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class WatchedSite:
-    """One site at the end of a window.
+    """One site at the end of a window, named as in :class:`relubook.units.report.SiteReport`.
 
-    Attributes:
-        name: As :func:`relubook.units.diagnosis.diagnose` gives it.
-        dead: ``bool``, shape (units,): silent throughout the window.
-        peak: Shape (units,): largest pre-activation of the window. ``-inf`` if the site was not
-            reached, whose units then stay as they were.
+    ``dead`` (``bool``) and ``peak`` have shape (units,): silent throughout the window, and largest
+    pre-activation of it, ``-inf`` if the site was not reached, whose units then stay as they were.
     """
 
     name: str
     dead: Tensor
     peak: Tensor
-    silences: ClassVar[bool] = True
+    silences = True
 
     @property
     def nonfinite(self) -> Tensor:
@@ -71,9 +64,8 @@ class WatchReport(UnitListing[WatchedSite]):
 
     Attributes:
         sites: One :class:`WatchedSite` per site that is followed.
-        step: Last step of the window.
-        window: Number of steps in it.
-        inputs: Number of inputs in it, over all processes.
+        step, window, inputs: The window's last step, and its number of steps and of inputs, over
+            all processes.
         unfollowed: Names of the sites and parts that are not followed.
     """
 
@@ -123,8 +115,7 @@ class Watch:
         window: Steps per window.
         optimizer: Count its steps instead of forward passes. A wrapper that has it as
             ``optimizer`` is looked through.
-        unit_dim: As in :func:`relubook.units.diagnosis.diagnose`.
-        batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
+        unit_dim, batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
 
     Raises:
         TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
@@ -179,11 +170,7 @@ class Watch:
         self.close()
 
     def attach(self) -> "Watch":
-        """Register the hooks, as entering the ``with`` block does, and return itself.
-
-        Raises:
-            RuntimeError: If it is attached already.
-        """
+        """Register the hooks, as entering ``with`` does; RuntimeError if it is attached already."""
         if self._handles:
             raise RuntimeError("this Watch is attached already")
         torch.compiler.reset()
@@ -333,19 +320,11 @@ class Watch:
         self._inputs = 0
 
     def compute(self) -> WatchReport:
-        """Return the state at the end of the last whole window.
+        """Return the state at the end of the last whole window; RuntimeError if there is none yet.
 
         Under ``torch.distributed`` it is the same on every process, and nothing is sent.
-
-        Raises:
-            RuntimeError: If no window is complete yet.
         """
         if self._report is None:
             message = f"no window of {self.window} steps is complete: {self.step} steps were seen"
             raise RuntimeError(f"{message}, in training mode with gradients on")
         return self._report
-
-    def nbytes(self) -> int:
-        """Return the bytes held for all units, without the history."""
-        states = (*self._sites.values(), *(self._report or ()))
-        return sum(state.peak.nbytes + state.dead.nbytes for state in states)
