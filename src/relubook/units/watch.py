@@ -53,6 +53,7 @@ class WatchedSite:
     dead: Tensor
     peak: Tensor
     silences: ClassVar[bool] = True
+    noun: ClassVar[str] = "units"
 
     @property
     def nonfinite(self) -> Tensor:
