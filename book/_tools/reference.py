@@ -96,6 +96,8 @@ def class_signature(node: ast.ClassDef) -> str:
             if "ClassVar" in ast.unparse(member.annotation):
                 continue
             name, value = member.target.id, member.value
+            if "ClassVar" in ast.unparse(member.annotation):
+                continue
             if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
                 given = {word.arg: word.value for word in value.keywords}
                 if "init" in given:

@@ -17,17 +17,22 @@ class Kind:
         silences: Whether it has a silent region.
         level: Largest silent pre-activation; ``-inf`` if the silent region is a band.
         by_output: Whether its output tells more exactly whether it is silent.
+        dim: For the pieces of maxout, the dimension along which those of a unit lie. A piece counts
+            as firing where it wins: where it attains the maximum.
     """
 
     name: str
     silences: bool = True
     level: float = 0.0
     by_output: bool = False
+    dim: int | None = None
 
     def fires(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Return where a unit is not silent, never at NaN; ``out`` counts if ``by_output``."""
         if not self.by_output or out is None:
             return x > self.level
+        if self.dim is not None:
+            return x == out.unsqueeze(self.dim)
         return (out != 0) & ~out.isnan()
 
 
@@ -58,6 +63,7 @@ def threshold(level: float, value: Any) -> Kind | None:
     return by_output("threshold", level=float(level)) if level else RELU
 
 
+PIECE = "maxout piece"
 RELU, RELU6 = Kind("relu"), Kind("relu6")
 FAMILY: dict[str, Kind | Callable[[Mapping[str, Any]], Kind | None]] = {
     "relu": RELU,

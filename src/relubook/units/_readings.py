@@ -150,6 +150,8 @@ class Audit(SiteFinder):
 
     def before(self, site: Site, x: Tensor) -> None:
         """Note a call of a site, and the latest place that saw its input as it is now."""
+        if site.kind.dim is not None:
+            return self._note("Which pieces of maxout win is not followed: diagnose counts it.")
         if site.key not in self.found:
             wide = x.dtype if x.dtype == torch.float64 else torch.float32
             peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)

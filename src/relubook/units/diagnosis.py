@@ -70,7 +70,10 @@ class _Counter(SiteFinder):
         if x.numel() and site.kind.by_output:
             self._add(site, site.kind.fires(x, out.detach()))
         magnitude = self.counts[site.key].magnitude
-        if x.numel() and magnitude is not None:
+        if site.kind.dim is not None:  # of a maximum that is NaN, no piece is known to lose
+            unknown = out.isnan().unsqueeze(site.kind.dim).expand_as(x)
+            self.counts[site.key].nonfinite |= site.per_unit(unknown, "amax")
+        elif x.numel() and magnitude is not None:
             magnitude += site.per_unit(out.detach().abs().double(), "sum")
 
     def _fresh(self, site: Site, x: Tensor) -> SiteReport:
@@ -85,7 +88,7 @@ class _Counter(SiteFinder):
             fired_inputs=zeros.clone(),
             peak=torch.full_like(zeros, -torch.inf, dtype=wide),
             nonfinite=zeros.bool(),
-            magnitude=zeros.double() if self.smooth else None,
+            magnitude=zeros.double() if self.smooth and site.kind.dim is None else None,
             silences=site.kind.silences,
             shape=tuple(x.shape),
             location=site.location,
@@ -157,6 +160,10 @@ def diagnose(
     features of a linear layer, whatever the leading dimensions. They are followed from the layer
     that produced them through views, permutations, sums and the like.
 
+    Each call of :func:`relubook.layers.maxout.maxout`, as in ``Maxout`` and ``MaxoutConv2d``, is a
+    site too, of kind ``"maxout piece"``: it tells on how many inputs each piece *wins*, alone or at
+    a tie. One that *never wins* is wasted, but no dead unit; see :class:`SiteReport`.
+
     Args:
         model: Any module. It runs without gradients, in training or evaluation mode as it is.
         data: Iterable of batches: a tensor; a tuple or list whose first element is the input (a
@@ -184,8 +191,8 @@ def diagnose(
             inputs and targets, or holds a key that the model does not take.
         ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
             ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
-            was called; if ``unit_dim`` names no site or no dimension; or if a parameter has no
-            values yet.
+            was called, nor maxout; if ``unit_dim`` names no site or no dimension; or if a parameter
+            has no values yet.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
         RuntimeError: If the model is compiled and torch is older than 2.6.
@@ -195,6 +202,10 @@ def diagnose(
         >>> report = diagnose(model, [torch.randn(8, 3) for _ in range(10)])
         >>> report["1"].fired.shape, report["1"].inputs
         (torch.Size([4]), 80)
+        >>> print(diagnose(Maxout(3, 2, pieces=3), torch.randn(9, 3)))  # doctest: +SKIP
+        site      kind             units  dead  rare  always on  never wins  median rate  n
+        -----------------------------------------------------------------------------------
+        maxout()  maxout piece  6 pieces     -     0          0           1        0.333  9
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from relubook._optional import require
+from relubook.units._kinds import PIECE
 
 RARE = 0.01
 """A unit that fires on fewer than this share of the inputs, and on one at least, is rare."""
@@ -20,8 +21,9 @@ LOOKS = {
     "mixed": ("#dddddd", ""),
     "always on": ("#882255", ".."),
     "non-finite": ("#C6619A", "xx"),
+    "never wins": ("#0072B2", "\\\\\\\\"),
 }
-"""Color and hatch of each state; each unit of a rectifier is in exactly one of them."""
+"""Color and hatch of each state; each unit of a rectifier, or piece, is in exactly one of them."""
 STATES = tuple(LOOKS)
 DORMANT = 0.025
 """Largest score of a dormant unit (Sokar et al. 2023, https://arxiv.org/abs/2302.12902)."""
@@ -57,7 +59,7 @@ class UnitListing(SiteListing[S]):
 
     @property
     def dead_fraction(self) -> float:
-        """Share of dead units among the units of all rectifiers; dormant ones do not count."""
+        """Share of dead units among the units of all rectifiers, without pieces or dormant ones."""
         units = sum(site.units for site in self.sites if site.silences)
         return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
 
@@ -100,7 +102,7 @@ class UnitListing(SiteListing[S]):
             for name in self.dead_layers
         ]
         return remarks + [
-            f"NON-FINITE: {bad} units of {site.name} saw NaN or infinity; that is not silence."
+            f"NON-FINITE: {bad} {site.noun} of {site.name} saw NaN or infinity; this is no silence."
             for site in self.sites
             if (bad := int(site.nonfinite.sum()))
         ]
@@ -144,9 +146,14 @@ def silence_bound(inputs: int) -> float:
 class SiteReport:
     """What one rectifier did, in counts, sums and maxima. All tensors have shape (units,).
 
+    At a site of kind ``"maxout piece"`` the units are the pieces of maxout units, in the order of
+    the layer's weight, and to *fire* is to win: to attain the unit's maximum, at a tie with others
+    too, among which autograd shares the gradient. A piece that never does is in the state *never
+    wins*, not dead: its unit computes the same without it. One that always does is *always on*.
+
     Attributes:
         name: The site's name, see :func:`relubook.units.diagnosis.diagnose`.
-        kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ``"threshold"``, ``"hardswish"`` and so on.
+        kind: ``"relu"``, ``"relu6"``, ``"hardtanh"``, ``"maxout piece"`` and so on.
         producer: Name of the module with weights whose output reached the rectifier directly or
             through shape operations, pooling or dropout; ``None`` after anything else, as a sum.
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
@@ -187,6 +194,11 @@ class SiteReport:
         return self.fired.numel()
 
     @property
+    def noun(self) -> str:
+        """What its units are: ``"units"`` or ``"pieces"``."""
+        return "pieces" if self.kind == PIECE else "units"
+
+    @property
     def rate(self) -> Tensor:
         """Share of the observations on which each unit fired, ``float64``, shape (units,)."""
         return self.fired.double() / max(self.observations, 1)
@@ -198,15 +210,15 @@ class SiteReport:
         A *rare* unit fired on fewer than 1% of the inputs (of the observations, where
         ``fired_inputs`` is ``None``), one that is *always on* was never silent and acts linearly.
         """
-        dead, rare, mixed, always_on, nonfinite = range(len(STATES))
+        dead, rare, mixed, always_on, nonfinite, never_wins = range(len(STATES))
         state = torch.full_like(self.fired, mixed)
-        if self.silences:
+        if self.silences or self.kind == PIECE:
             seldom = self.fired < RARE * self.observations
             if self.fired_inputs is not None:
                 seldom = self.fired_inputs < RARE * self.inputs
             state[seldom] = rare
             state[self.fired == self.observations] = always_on
-            state[self.fired == 0] = dead
+            state[self.fired == 0] = dead if self.silences else never_wins
         state[self.nonfinite] = nonfinite
         return state
 
@@ -214,6 +226,21 @@ class SiteReport:
     def dead(self) -> Tensor:
         """Units silent on every observation, ``bool``, shape (units,)."""
         return self.state == STATES.index("dead")
+
+    @property
+    def rare(self) -> Tensor:
+        """Units that fired, but on fewer than 1% of the inputs, ``bool``, shape (units,)."""
+        return self.state == STATES.index("rare")
+
+    @property
+    def always_on(self) -> Tensor:
+        """Units that were never silent, so that they act linearly, ``bool``, shape (units,)."""
+        return self.state == STATES.index("always on")
+
+    @property
+    def never_wins(self) -> Tensor:
+        """Pieces of maxout that won on no observation, ``bool``, shape (units,)."""
+        return self.state == STATES.index("never wins")
 
     @property
     def score(self) -> Tensor | None:
@@ -230,12 +257,12 @@ class SiteReport:
 
     @property
     def upper_bound(self) -> Tensor:
-        """95% upper bound on the firing rate of each dead unit, ``float64``; NaN for the others.
+        """95% upper bound on the rate of each unit that never fired, ``float64``; else NaN.
 
         It counts inputs, not positions: see :func:`silence_bound`.
         """
         bound = torch.full((self.units,), silence_bound(self.inputs), dtype=torch.float64)
-        return bound.masked_fill(~self.dead, torch.nan)
+        return bound.masked_fill(~(self.dead | self.never_wins), torch.nan)
 
     @property
     def dead_fraction(self) -> float:
@@ -249,9 +276,8 @@ class SiteReport:
 
     def __repr__(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in self.counts().items() if count)
-        return (
-            f"{self.name} ({self.kind}): {self.units} units, {states}; n = {self.inputs:,} inputs"
-        )
+        what = f"{self.name} ({self.kind}): {self.units} {self.noun}"
+        return f"{what}, {states}; n = {self.inputs:,} inputs"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -307,7 +333,7 @@ class Report(UnitListing[SiteReport]):
                 style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
                 bars = {"width": shares[:, k].tolist(), "left": left[:, k].tolist()}
                 axes.barh(range(len(self)), **bars, label=state, **style)
-        labels = [f"{site.name} ({site.units})" for site in self.sites]
+        labels = [f"{s.name} ({s.units} {s.noun})".replace(" units)", ")") for s in self.sites]
         axes.set_yticks(range(len(labels)), labels, fontsize=9)
         axes.set(xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), xlabel="share of the site's units")
         axes.set_title(f"{self.dead_fraction:.1%} of the units dead, n = {self.inputs:,} inputs")
@@ -317,13 +343,17 @@ class Report(UnitListing[SiteReport]):
 
     def _rows(self) -> list[list[str]]:
         columns = ["site", "kind", "units", "dead", "rare", "always on"]
+        columns += ["never wins"] * any(site.kind == PIECE for site in self.sites)
         columns += ["non-finite"] * any(bool(site.nonfinite.any()) for site in self.sites)
         columns += ["dormant"] * any(site.score is not None for site in self.sites)
         rows = [[*columns, "median rate", "n"]]
         for site in self.sites:
-            cells = {"site": site.name, "kind": site.kind, "units": f"{site.units:,}"}
+            size = f"{site.units:,} {site.noun}".removesuffix(" units")
+            cells = {"site": site.name, "kind": site.kind, "units": size}
+            other = "dead" if site.kind == PIECE else "never wins"
             for state, count in site.counts().items():
-                cells[state] = f"{count:,}" if site.silences or state == "non-finite" else "-"
+                shown = (site.silences or site.kind == PIECE) and state != other
+                cells[state] = f"{count:,}" if shown or state == "non-finite" else "-"
             cells["dormant"] = "-" if site.dormant is None else f"{int(site.dormant.sum()):,}"
             median = f"{float(site.rate.quantile(0.5)):.3f}" if site.units else "-"
             rows.append([*(cells[column] for column in columns), median, f"{site.inputs:,}"])
@@ -331,12 +361,14 @@ class Report(UnitListing[SiteReport]):
 
     def _remarks(self) -> list[str]:
         remarks = super()._remarks()
-        dead = sum(int(site.dead.sum()) for site in self.sites)
-        if dead:
-            fewest = min(site.inputs for site in self.sites if site.dead.any())
-            remarks.append(
-                f"{dead:,} dead unit{'s' * (dead != 1)} ({self.dead_fraction:.1%}). Silence on "
-                f"n = {fewest:,} independent inputs bounds a unit's firing rate by "
-                f"{silence_bound(fewest):.2%} (95%)."
-            )
+        dead = f"dead unit{{s}} ({self.dead_fraction:.1%}). Silence", "unit's firing"
+        idle = "maxout piece{s} without a win, which kills no unit. Losing", "piece's winning"
+        for state, (words, whose) in {"dead": dead, "never wins": idle}.items():
+            counts = [(site.inputs, own) for site in self.sites if (own := site.counts()[state])]
+            if total := sum(own for _, own in counts):
+                words, fewest = words.format(s="s" * (total > 1)), min(counts)[0]
+                remarks.append(
+                    f"{total:,} {words} on n = {fewest:,} independent inputs bounds a {whose} rate "
+                    f"by {silence_bound(fewest):.2%} (95%)."
+                )
         return remarks + self.notes

@@ -41,6 +41,7 @@ _MOVED = (
     "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
     "gets or returns, or the units are not silent on the batch"
 )
+_IDLE = "its pieces that never win are no dead units, and to let one win would change its unit"
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,10 @@ def revive_(
             _reset_state(optimizer, fresh, undo)
         undo.pop_all()
     dead = {site.name: int(site.dead.sum()) for site in report.sites if site.name in reasons}
-    left = tuple(Left(name, units, reasons[name]) for name, units in dead.items())
-    return Revival(tuple(changes), left)
+    left = [Left(name, units, reasons[name]) for name, units in dead.items()]
+    idle = [site.name for site in report.sites if getattr(site, "never_wins", torch.zeros(1)).any()]
+    left += [Left(name, 0, _IDLE) for name in idle]
+    return Revival(tuple(changes), tuple(left))
 
 
 def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> list[Tensor]:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relubook.units._kinds import Kind, classify, is_zero
+from relubook.layers.maxout import maxout
+from relubook.units._kinds import PIECE, Kind, classify, is_zero
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
 from relubook.units._undisturbed import undisturbed, unwrapped
 
@@ -35,7 +37,7 @@ class AmbiguousUnitsError(ValueError):
 
 
 class Site(NamedTuple):
-    """One call of a rectifier, as :meth:`SiteFinder.observe` gets it."""
+    """One call of a rectifier, or of maxout, as :meth:`SiteFinder.observe` gets it."""
 
     key: tuple[Any, ...]  # its name without ``#k``, the way to the call, the layer that feeds it
     kind: Kind
@@ -112,6 +114,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (__file__, torch.__file__))
+_MAXOUT = maxout.__code__
+_LIBRARIES += (_MAXOUT.co_filename,)
 _CALL = nn.Module._call_impl.__code__
 _foreign: dict[CodeType, bool] = {}
 
@@ -147,7 +151,7 @@ def hook(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 class SiteFinder(TorchDispatchMode):
-    """Calls :meth:`before` and :meth:`observe` for every rectifier of a forward pass.
+    """Calls :meth:`before` and :meth:`observe` for all rectifiers and maxouts of a forward pass.
 
     With ``smooth`` it looks for leaky and smooth members too; ``unit_dim`` and ``batch_dim`` are
     those of :func:`relubook.units.diagnosis.diagnose`.
@@ -318,6 +322,9 @@ class SiteFinder(TorchDispatchMode):
             # The other may be an activation or a weight that happens to be 0.
             if self._numbers.of(other) is None and isinstance(x, Tensor) and x.is_floating_point():
                 site = self._site(shown, kind, x)
+        elif operator == "amax" and _MAXOUT in [f.f_code for f, _ in walk_stack(sys._getframe())]:
+            x, dims = bound["self"], bound["dim"]
+            site = self._site("maxout", Kind(PIECE, False, by_output=True, dim=dims[0] % x.ndim), x)
         if site is not None:
             self.before(site, x)
         out = func(*args, **kwargs)
@@ -330,7 +337,7 @@ class SiteFinder(TorchDispatchMode):
 
     def _site(self, shown: str, kind: Kind, x: Tensor) -> Site | None:
         """Return the site of a call, or ``None`` if it is not to be counted."""
-        if not kind.silences and not self.smooth:
+        if not kind.silences and not self.smooth and kind.dim is None:
             self.seen_smooth[kind.name] += 1
             return None
         tag = self._numbers.of(x) or Tag(data=False)
@@ -353,6 +360,8 @@ class SiteFinder(TorchDispatchMode):
         units, inputs = tag.units, tag.inputs
         raw = tag.reason == RAW and x.ndim == 2 and x.shape[self.batch_dim] == self.batch_size
         pattern, dim = self._override(base, f"{base}#{self._ranks[key]}")
+        if kind.dim is not None and (pattern is None or dim is not None):
+            units, pattern, dim = numbered(x.shape, kind.dim - 1, kind.dim), None, None
         if dim is not None:
             if not -x.ndim <= dim < x.ndim:
                 what = f"unit_dim={dim} for {base}, whose input has shape {tuple(x.shape)}"

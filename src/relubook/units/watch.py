@@ -46,6 +46,7 @@ class WatchedSite:
     dead: Tensor
     peak: Tensor
     silences = True
+    noun = "units"
 
     @property
     def nonfinite(self) -> Tensor:
