@@ -13,15 +13,15 @@ from typing import Any
 
 __version__ = "0.3.0"
 
-_MODULES = {"activations": "layers.activations", "initializers": "layers.initializers"}
-
 _HOME = {
     "Maxout": "layers.maxout",
     "Recipe": "training.recipe",
     "Watch": "units.watch",
+    "activations": "layers.activations",
     "certify_dead": "units.certificate",
     "claim": "evidence.claims",
     "diagnose": "units.diagnosis",
+    "initializers": "layers.initializers",
     "part": "evidence.claims",
     "revive_": "units.revival",
     "setup": "book",
@@ -29,15 +29,14 @@ _HOME = {
     "train": "training.train",
 }
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"relubook.{_MODULES[name]}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"relubook.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'relubook' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'relubook' has no attribute {name!r}")
+    home = importlib.import_module(f"relubook.{_HOME[name]}")
+    return getattr(home, name, home)
 
 
 def __dir__() -> list[str]:

@@ -145,4 +145,4 @@ def test_the_pages_say_what_python_says(name):
 def test_every_module_of_the_package_is_in_a_room():
     rooms = {path.parent.name for path in reference.PACKAGE.glob("*/__init__.py")}
     assert rooms == set(reference.ROOMS)
-    assert set(relubook._MODULES.values()) <= {n.removeprefix("relubook.") for n in MODULES}
+    assert set(relubook._HOME.values()) <= {n.removeprefix("relubook.") for n in MODULES}

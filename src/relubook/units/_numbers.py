@@ -41,7 +41,7 @@ FACTORS = {
 }
 CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 WHOLE = (nn.Linear, nn.modules.conv._ConvNd, *CHANNELED, nn.LayerNorm, nn.Embedding)
-LAYERS = (*WHOLE, nn.RNNBase, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+LAYERS = (*WHOLE, nn.RNNBase, nn.RMSNorm)
 """Modules whose output has units of its own."""
 
 

@@ -20,14 +20,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` has been applied to a model or to a part of it."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run forward passes of a model and leave no trace, whatever happens inside.
@@ -35,9 +27,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Turns off gradients, autocast's cache, the fused path of ``nn.TransformerEncoderLayer`` and
     ``torch.compile``; restores these, each module's training flag, all buffers, and the random
     state of Python, NumPy (if imported), torch, and the accelerators in use.
-
-    Raises:
-        RuntimeError: If a part of the model is compiled and torch is older than 2.6.
     """
     # A frozen scripted module has no flag; a scripted one's buffers can only be written to.
     training = [(part, part.training) for part in model.modules() if hasattr(part, "training")]
@@ -57,14 +46,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
-        loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing is slow
-        if loaded and hasattr(torch.compiler, "set_stance"):
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        elif loaded and is_compiled(model):
-            raise RuntimeError(
-                "a part of the model is compiled, and this torch cannot run it eagerly: "
-                "use torch 2.6 or newer, or the model as it was before torch.compile"
-            )
         rnns = [module for module in model.modules() if isinstance(module, nn.RNN)]
         if cuda and any(module.nonlinearity == "relu" for module in rnns):
             # cuDNN's fused kernel hides the rectifier

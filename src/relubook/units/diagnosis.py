@@ -195,7 +195,6 @@ def diagnose(
             has no values yet.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
-        RuntimeError: If the model is compiled and torch is older than 2.6.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))

@@ -167,7 +167,6 @@ class SiteFinder(TorchDispatchMode):
         self.batch_size = 0
         self.notes: dict[str, None] = {}
         self.seen_smooth: Counter[str] = Counter()
-        self.called: set[str] = set()
         self.used_overrides: set[str] = set()
         self._modules = {  # by their names before ``torch.compile`` wrapped them
             ".".join(part for part in name.split(".") if part != "_orig_mod"): module
@@ -265,7 +264,6 @@ class SiteFinder(TorchDispatchMode):
         self._mark((args, kwargs), not self._stack)
         self._stack.append((name, self._found))
         self._numbers.running = name
-        self.called.add(name)
 
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] != name:
