@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import explorables
 import icons
 import reference
+import searching
 import speed
 from docutils import nodes
 from ledger_page import ClaimsSummary, ClaimsTable
@@ -136,6 +137,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", turn_past_evidence)
     explorables.setup(app)
     icons.setup(app)
+    searching.setup(app)
     speed.setup(app)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)

@@ -31,7 +31,6 @@ def configure(app: Sphinx, config: Any) -> None:
     """Name the site's address after the repository's; load the parts of MathJax that are used."""
     owner, name = urlparse(config.html_theme_options["repository_url"]).path.strip("/").split("/")
     config.html_baseurl = config.html_baseurl or f"https://{owner.lower()}.github.io/{name}/"
-    config.html_search_scorer = str(Path(__file__).with_name("scorer.js"))
     config.mathjax_path = "mathjax/startup.js"
     config.mathjax3_config = (config.mathjax3_config or {}) | {"loader": MATHJAX}
 
@@ -55,14 +54,14 @@ def slim(
     scripts = []
     formulas = 'class="math' in context.get("body", "")
     for script in context["script_files"]:
-        attributes = getattr(script, "attributes", {})
-        if any(word in (attributes.get("body") or "").lower() for word in UNUSED):
-            continue
-        if "mathjax" in str(script.filename or attributes.get("body")).lower() and not formulas:
+        attributes = dict(script.attributes)
+        name = str(script.filename or attributes.get("body")).lower()
+        if any(word in name for word in UNUSED) or ("mathjax" in name and not formulas):
             continue
         # The search page's own scripts want theirs at once, the inline one the options.
-        if script.filename and page != "search" and "documentation_options" not in script.filename:
+        if script.filename and page != "search" and "documentation_options" not in name:
             attributes.setdefault("defer", "defer")
+            script = type(script)(script.filename, priority=script.priority, **attributes)
         scripts.append(script)
     context["script_files"] = scripts
 

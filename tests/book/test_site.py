@@ -139,11 +139,29 @@ def test_the_ledger_shows_replications(site):
     assert text.count("Rests in part on a stored map") == len(stored["stored"])
 
 
-def test_search_finds_dying(browser, address):
-    with Visit(browser, address, "search.html?q=dying") as visit:
-        visit.page.wait_for_selector("#search-results li a")
-        assert visit.page.locator("#search-results li a").count() > 0
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("dead relu", {"book/born-dead"}),
+        ("dying", {"book/how-units-die", "book/glossary"}),
+        ("0.01", {"book/leaky-family", "book/learning-rate-and-optimizer"}),
+        ("leaky", {"book/leaky-family"}),
+        ("死亡", {"book/glossary", "book/how-units-die"}),
+    ],
+)
+def test_search_finds_chapters_before_the_package(browser, address, words, expected):
+    with Visit(browser, address, f"search.html?q={words}") as visit:
+        visit.page.wait_for_selector("#search-results p.search-summary:has-text('found')")
+        links = visit.page.eval_on_selector_all(
+            "#search-results ul.search > li > a", "links => links.map(a => a.pathname.slice(1))"
+        )
         assert not visit.errors
+    found = [link.removesuffix(".html") for link in links]
+    package = [place for place, page in enumerate(found) if page.startswith("book/api")]
+    chapters = [place for place, page in enumerate(found) if page in CHAPTERS]
+    assert chapters
+    assert not package or max(chapters) < min(package)
+    assert expected <= set(found[:12])
 
 
 def test_front_address_leads_to_the_landing_page(browser, address):

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import imagesize
-import lighthouse
 import pytest
+import serving
 from bs4 import BeautifulSoup
 from fontTools.ttLib import TTFont
 from visits import PHONE, Visit
@@ -21,7 +21,7 @@ PAGES = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
 @pytest.fixture(scope="module")
 def served(site):
     """Serve the site compressed, as hosts of sites do."""
-    with lighthouse.served(site) as (address, handler):
+    with serving.served(site) as (address, handler):
         yield address, handler
 
 

@@ -1,0 +1,176 @@
+"""Print the built site as one PDF, _build/html/relubook.pdf: `make pdf`.
+
+Chromium prints it twice: the first print tells on which page each chapter begins, the second says
+so in the contents.  Code that is folded on the site (plots, checks) is left out, and so is the
+reference of the package.
+"""
+
+import html
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urljoin, urlparse
+
+import yaml
+from bs4 import BeautifulSoup, Tag
+from playwright.sync_api import Page, sync_playwright
+from pypdf import PdfReader
+from serving import served
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = ROOT / "_build" / "html"
+NAME = "relubook.pdf"
+STYLE = (ROOT / "book" / "_tools" / "pdf.css").read_text(encoding="utf-8")
+LEFT_OUT = (
+    "script, noscript, form, button, .headerlink, .prev-next-area, details.hide, .toctree-wrapper"
+)
+FIRST_PAGE = "book/intro"
+MATHJAX = """window.MathJax = {loader: {load: ["core", "input/tex", "output/chtml"]},
+  options: {processHtmlClass: "tex2jax_process|mathjax_process|math|output_area"}}"""
+
+
+def slug(page: str) -> str:
+    """Return the name by which the book's one document knows a page."""
+    return page.removeprefix("book/").replace("/", "-")
+
+
+def parts() -> list[tuple[str, list[tuple[str, int]]]]:
+    """Return the parts of the book, each with its pages and their depth."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    found: list[tuple[str, list[tuple[str, int]]]] = [("", [(toc["root"], 0)])]
+    for part in toc["parts"]:
+        pages = []
+        for chapter in part["chapters"]:
+            pages.append((chapter["file"], 0))
+            pages += [(section["file"], 1) for section in chapter.get("sections", [])]
+        found.append((part["caption"], [p for p in pages if "/api" not in p[0]]))
+    return found
+
+
+def article(site: Path, page: str, pages: set[str], base: str) -> Tag:
+    """Return a page's text, with names and links that hold in the book as one document."""
+    soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    text = soup.select_one("article.bd-article")
+    assert text is not None, page
+    for node in text.select(LEFT_OUT):
+        node.decompose()
+    own = slug(page)
+    for node in text.select("[id]"):
+        node["id"] = f"{own}--{node['id']}"
+    for node in text.select("details"):
+        node["open"] = ""
+    for node in text.select("[src]"):
+        node["src"] = urljoin(f"/{page}.html", str(node["src"]))
+        if node.name == "img":
+            node["loading"] = "eager"
+    for link in text.select("a[href]"):
+        address = urlparse(urljoin(f"/{page}.html", str(link["href"])))
+        target = address.path.strip("/").removesuffix(".html")
+        if address.netloc:
+            continue
+        if target in pages:
+            name = f"{slug(target)}--{address.fragment}" if address.fragment else slug(target)
+            link["href"] = f"#{name}"
+        else:
+            link["href"] = urljoin(
+                base, f"{address.path}#{address.fragment}".lstrip("/").rstrip("#")
+            )
+    for node in text.select("svg [href^='#']"):
+        node["href"] = f"#{own}--{str(node['href'])[1:]}"
+    section = soup.new_tag("section", id=own)
+    section["class"] = "chapter"
+    section.append(text)
+    return section
+
+
+def document(site: Path, numbers: dict[str, int]) -> str:
+    """Return the whole book as one page; the contents name the pages that are known."""
+    listed = parts()
+    pages = {page for _, chapters in listed for page, _ in chapters}
+    front = BeautifulSoup((site / f"{FIRST_PAGE}.html").read_text(encoding="utf-8"), "html.parser")
+    canonical = front.select_one("link[rel=canonical]")
+    base = str(canonical["href"]).removesuffix(f"{FIRST_PAGE}.html") if canonical else "/"
+    title = str(front.title.string) if front.title else ""
+    contents, texts = [], []
+    for caption, chapters in listed:
+        rows = []
+        for page, depth in chapters:
+            text = article(site, page, pages, base)
+            heading = text.find("h1")
+            name = heading.get_text().strip() if heading else page
+            own = slug(page)
+            rows.append(
+                f'<li class="depth{depth}"><a href="#{own}">{html.escape(name)}</a>'
+                f"<span>{numbers.get(own, 0)}</span></li>"
+            )
+            texts.append(str(text))
+        contents.append(f"<h2>{html.escape(caption)}</h2><ul>{''.join(rows)}</ul>")
+    styles = "".join(
+        f'<link rel="stylesheet" href="/_static/{name}.css"/>' for name in ("site", "explorables")
+    )
+    return (
+        '<!DOCTYPE html><html lang="en" data-theme="light"><head><meta charset="utf-8"/>'
+        f"<title>{html.escape(title.split(' — ')[-1])}</title>{styles}<style>{STYLE}</style>"
+        f"<script>{MATHJAX}</script>"
+        '<script defer src="/_static/mathjax/startup.js"></script></head><body>'
+        f'<div class="cover"><img src="/_static/logo.svg" alt=""/><p>The ReLU Book</p>'
+        f'<p class="small">The site has figures that move, and all code: '
+        f'<a href="{base}">{base}</a></p></div><nav class="contents"><p class="head">Contents</p>{"".join(contents)}</nav>'
+        f'<div class="bd-content"><div class="bd-article-container">{"".join(texts)}</div></div>'
+        "</body></html>"
+    )
+
+
+def first_pages(path: Path) -> dict[str, int]:
+    """Return on which page each named place of a PDF stands."""
+    reader = PdfReader(path)
+    found = {}
+    for name, place in reader.named_destinations.items():
+        number = reader.get_destination_page_number(place)
+        if number is not None:
+            found[name.lstrip("/")] = number + 1
+    return found
+
+
+def print_once(page: Page, site: Path, address: str, path: Path, numbers: dict[str, int]) -> None:
+    """Print the book with these page numbers in its contents."""
+    whole = site / "whole-book.html"
+    whole.write_text(document(site, numbers), encoding="utf-8")
+    try:
+        page.goto(f"{address}/{whole.name}", wait_until="networkidle")
+        page.wait_for_function("MathJax.startup.promise.then(() => true)", timeout=300_000)
+        page.evaluate("document.fonts.ready.then(() => true)")
+        page.pdf(
+            path=path, prefer_css_page_size=True, print_background=True, outline=True, tagged=True
+        )
+    finally:
+        whole.unlink()
+
+
+def make(site: Path, path: Path) -> None:
+    """Print a built site into a file."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with served(site) as (address, _), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        page.set_default_timeout(300_000)
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder) / NAME
+            print_once(page, site, address, draft, {})
+            print_once(page, site, address, path, first_pages(draft))
+        browser.close()
+
+
+def main() -> None:
+    """Print the book."""
+    if not (SITE / f"{FIRST_PAGE}.html").is_file():
+        sys.exit("there is no site to print: run make book")
+    make(SITE, SITE / NAME)
+    print(f"{len(PdfReader(SITE / NAME).pages)} pages: {SITE / NAME}")
+
+
+if __name__ == "__main__":
+    main()
