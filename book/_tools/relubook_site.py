@@ -10,9 +10,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import explorables
+import front_page
+import ledger_page
 import reference
 from docutils import nodes
-from ledger_page import ClaimsSummary, ClaimsTable
 from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
@@ -133,8 +134,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", lighten_page, priority=900)
     app.connect("html-page-context", turn_past_evidence)
     explorables.setup(app)
-    app.add_directive("claims-summary", ClaimsSummary)
-    app.add_directive("claims-table", ClaimsTable)
+    front_page.setup(app)
+    ledger_page.setup(app)
     app.add_directive("source-notes", SourceNotes)
     app.add_directive("rooms", Rooms)
     app.add_directive("room", Room)
