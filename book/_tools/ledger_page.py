@@ -17,7 +17,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
-from verdict_picture import MARKS, OWN, bar, halves, kind
+from verdict_picture import MARKS, OWN, bar, counts, halves, kind
 
 from relubook.evidence.claims import WORDS, ledger
 
@@ -39,14 +39,17 @@ class LedgerDirective(SphinxDirective):
 
 
 class ClaimsSummary(LedgerDirective):
-    """``{claims-summary}``: how many claims came out how, in words and as a bar."""
+    """``{claims-summary}``: how many claims came out how, those of the notes as a bar."""
 
     def run(self) -> list[nodes.Node]:
-        """Return a paragraph and the bar."""
+        """Return the bar and a paragraph."""
         self.depend()
-        rows = ledger()
-        drawn = raw(f'<div class="vp">{bar(halves(rows)[0], "")}</div>')
-        return [*self.parse_text_to_nodes(summary(rows)), drawn]
+        notes, own = halves(ledger())
+        told = ", ".join(f"{n} *{word}*" for word, n in counts(own).items())
+        head = raw(f'<p class="vp-told"><strong>{len(notes)} claims of the notes</strong></p>')
+        text = f"And {len(own)} of the book's own, judged alike: {told}."
+        drawn = raw(f'<div class="vp">{bar(notes, "")}</div>')
+        return [head, drawn, *self.parse_text_to_nodes(text)]
 
 
 class Surprises(LedgerDirective):
@@ -62,7 +65,7 @@ class Surprises(LedgerDirective):
         for line in filter(str.strip, self.content):
             id_, word, claimed, finding = surprise(line, verdicts)
             said, found = self.parse_text_to_nodes(f"{claimed}\n\n{finding}")
-            said += [nodes.Text(" "), badge(word)]
+            found.insert(0, [badge(word), nodes.Text(" ")])
             found += nodes.Text(" ")
             found += nodes.reference(text="Its row", refuri=f"#claim-{id_}")
             listed += nodes.list_item("", said, found)
@@ -126,7 +129,8 @@ def claim_row(claim: Mapping[str, Any], again: Mapping[str, Any]) -> nodes.Node:
     labels = [f"n-{note}" for note in claim["notes"]] or ["n-own" * (claim["whose"] == OWN)]
     classes = ["claim-row", f"v-{kind(word)}", f"c-{claim['chapter']}", *filter(None, labels)]
     row = nodes.container(classes=classes, ids=[f"claim-{id_}"])
-    said = nodes.paragraph("", "", badge(word), nodes.Text(f" {claim['statement']} "))
+    said = nodes.paragraph("", "", badge(word), classes=["claim-said"])
+    said += nodes.Text(f" {claim['statement']} ")
     said += nodes.inline(text=short(claim), classes=["claim-whose"])
     head = [said]
     if claim["condition"]:
@@ -177,9 +181,10 @@ def filters(rows: Sequence[Mapping[str, Any]]) -> str:
         ],
     }
     selects = "".join(
-        f'<label>{name} <select name="{name.lower()}"><option value="">all</option>'
+        f'<span><label for="filter-{name.lower()}">{name}</label> '
+        f'<select id="filter-{name.lower()}" name="{name.lower()}"><option value="">all</option>'
         + "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in options)
-        + "</select></label>"
+        + "</select></span>"
         for name, options in choices.items()
     )
     return (
@@ -220,20 +225,6 @@ def raw(html: str) -> nodes.Node:
 def item(text: str) -> nodes.list_item:
     """Return one line of a list."""
     return nodes.list_item("", nodes.paragraph(text=text))
-
-
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many claims of the notes, and of the book's own, came out how."""
-
-    def counted(some: Sequence[Mapping[str, Any]]) -> str:
-        counts = Counter(row["verdict"] for row in some)
-        return ", ".join(f"{counts[word]} *{word}*" for word in WORDS if counts[word])
-
-    notes, own = halves(rows)
-    lines = [f"Of {len(notes)} claims: {counted(notes)}."]
-    if own:
-        lines.append(f"Of {len(own)} claims of the book's own, judged alike: {counted(own)}.")
-    return "\n".join(lines)
 
 
 def replications() -> dict[str, Any]:

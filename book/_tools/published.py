@@ -75,7 +75,9 @@ def judged(row: Mapping[str, Any]) -> tuple[str, str]:
     (claim,) = (c for c in ledger() if c["id"] == row["claim"])
     (part,) = (p for p in claim["parts"] if p["sentence"] == row["part"])
     value, low, high = re.match(r"(.+?) \((\S+) to (\S+)\),", part["numbers"]).groups()  # type: ignore[union-attr]
-    return f"{value} {row.get('reads', '')}".strip(), f"{low} to {high} ({part['n']:,} networks)"
+    unit = "%" * value.endswith("%")
+    interval = f"{low} to {high}{unit} ({part['n']:,} networks)"
+    return f"{value} {row.get('reads', '')}".strip(), interval
 
 
 def ours(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -189,14 +189,14 @@ class TestLedger:
 
     def test_filters_and_their_count(self, browser, address):
         with Visit(browser, address, LEDGER) as visit:
-            visit.page.get_by_label("Verdict").select_option("v-true-but")
-            visit.page.get_by_label("Whose").select_option("n-N2")
+            visit.page.get_by_role("combobox", name="Verdict").select_option("v-true-but")
+            visit.page.get_by_role("combobox", name="Whose").select_option("n-N2")
             wanted = {r["id"] for r in ROWS if r["verdict"] == "true, but" and "N2" in r["notes"]}
             assert set(visible(visit)) == wanted
             status = visit.page.locator(".claim-filters [role=status]")
             assert status.inner_text() == f"{len(wanted)} of {len(ROWS)} claims"
             assert "verdict=true-but&whose=N2" in visit.page.url
-            visit.page.get_by_label("Chapter").select_option("c-selu")
+            visit.page.get_by_role("combobox", name="Chapter").select_option("c-selu")
             some = {r["id"] for r in ROWS if r["chapter"] == "selu"} & wanted
             assert set(visible(visit)) == some
             visit.page.get_by_role("button", name="Show all").click()
