@@ -27,6 +27,7 @@ def test_page_is_complete_self_contained_and_light(browser, address, site, page)
     with Visit(browser, address, f"{page}.html") as visit:
         assert not visit.errors
         assert not visit.foreign
+        visit.load_all()
         assert not visit.failed
         broken = visit.page.evaluate(
             "[...document.querySelectorAll('main img')]"

@@ -31,6 +31,18 @@ class Visit:
             "!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)"
         )
 
+    def load_all(self):
+        """Load the images and set the formulas that wait for a reader to come near."""
+        self.page.evaluate(
+            """async () => {
+                const late = [...document.querySelectorAll('img[loading=lazy]')];
+                for (const image of late) image.loading = 'eager';
+                await Promise.all(late.map(image => image.decode().catch(() => {})));
+                await window.MathJax?.startup?.document.lazyTypesetAll?.();
+            }"""
+        )
+        self.page.wait_for_load_state("networkidle")
+
     def _route(self, route):
         url = urlparse(route.request.url)
         if url.scheme in ("data", "blob") or url.netloc == self.host:
