@@ -11,12 +11,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import explorables
+import front_page
 import icons
+import ledger_page
 import reference
 import searching
 import speed
 from docutils import nodes
-from ledger_page import ClaimsSummary, ClaimsTable
 from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
@@ -136,11 +137,11 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", lighten_page, priority=900)
     app.connect("html-page-context", turn_past_evidence)
     explorables.setup(app)
+    front_page.setup(app)
     icons.setup(app)
+    ledger_page.setup(app)
     searching.setup(app)
     speed.setup(app)
-    app.add_directive("claims-summary", ClaimsSummary)
-    app.add_directive("claims-table", ClaimsTable)
     app.add_directive("source-notes", SourceNotes)
     app.add_directive("rooms", Rooms)
     app.add_directive("room", Room)
