@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import on_off
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
@@ -28,8 +29,10 @@ TITLES = {
     "born-dead": "Born dead",
     "bend-a-line": "Bend a line",
     "the-map": "The map: dead units by learning rate",
+    "who-dies": "Who dies, who learns?",
+    "on-off": "On/off: which unit is silent on which image",
 }
-RESULTS = {"born-dead": "born-dead", "the-map": "rate-map"}
+RESULTS = {"born-dead": "born-dead", "the-map": "rate-map", "who-dies": "who-dies"}
 """The stored result that a figure draws."""
 
 
@@ -74,7 +77,50 @@ def the_map() -> dict[str, Any]:
     return {"rates": rates, **sizes, "cells": cells}
 
 
-DATA: dict[str, Callable[[], dict[str, Any]]] = {"born-dead": born_dead, "the-map": the_map}
+def who_dies() -> dict[str, Any]:
+    """Return fate and accuracy of the map's networks on digits under SGD.
+
+    By images and depth: the rates, and for each treatment and rate a run of two characters a
+    network, thousandths in base 36, "--" where one overflowed.
+    """
+    methods = {
+        "nothing": "nothing",
+        "mean": "mean only",
+        "rms": "spread only",
+        "both": "both",
+        "clipping": "clipping",
+    }
+    images = {"come": "as they come", "centered": "centered"}
+    cells: dict[str, Any] = {}
+
+    def packed(shares: list[float]) -> str:
+        return "".join("--" if math.isnan(v) else on_off.base36(round(1000 * v)) for v in shares)
+
+    for cell in stored("who-dies")["cells"]:
+        data, way, depth, optimizer, method, rate = cell["at"]["point"].split()
+        if (data, optimizer) != ("digits", "SGD") or method not in methods:
+            continue
+        empty = {name: {"dead": [], "accuracy": []} for name in methods}
+        setting = cells.setdefault(f"{images[way]} {depth}", {"rates": [], "found": empty})
+        if method == "nothing":
+            setting["rates"].append(float(rate))
+        for name, shares in cell["measured"].items():
+            setting["found"][method][name].append(packed(shares))
+    sizes = {"networks": 30, "depths": ["3", "8", "20"], "images": list(images.values())}
+    return {**sizes, "methods": methods, "cells": cells}
+
+
+def silent_units() -> dict[str, Any]:
+    """Return what `make stills` stored of one network."""
+    return json.loads(on_off.DATA.read_text(encoding="utf-8"))
+
+
+DATA: dict[str, Callable[[], dict[str, Any]]] = {
+    "born-dead": born_dead,
+    "the-map": the_map,
+    "who-dies": who_dies,
+    "on-off": silent_units,
+}
 """What a figure draws of its stored result."""
 
 
@@ -100,6 +146,8 @@ def figure(env: Any, name: str, *, compact: bool = False) -> explorable:
         env.note_dependency(str(path))
     if name in RESULTS:
         env.note_dependency(str(BOOK / "results" / f"{RESULTS[name]}.json"))
+    if name == "on-off":
+        env.note_dependency(str(on_off.DATA))
     return explorable(name=name, compact=compact, still=still.read_text(encoding="utf-8"))
 
 
@@ -211,6 +259,7 @@ def main() -> None:
 
     from playwright.sync_api import sync_playwright
 
+    on_off.write()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(

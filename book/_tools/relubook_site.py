@@ -10,6 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+import chapter_page
 import explorables
 import front_page
 import icons
@@ -137,6 +138,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("html-page-context", lighten_page, priority=900)
     app.connect("html-page-context", turn_past_evidence)
     explorables.setup(app)
+    chapter_page.setup(app)
     front_page.setup(app)
     icons.setup(app)
     ledger_page.setup(app)

@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 KILL, BORN, MAP = "book/how-units-die", "book/born-dead", "book/learning-rate-and-optimizer"
 BEND = "book/sparsity-and-expressivity"
 FIRST = "book/intro"
-PAGES = {"kill-a-unit": [KILL, FIRST], "born-dead": [BORN], "the-map": [MAP], "bend-a-line": [BEND]}
+NORM = "book/normalization"
+PAGES = {
+    "kill-a-unit": [KILL, FIRST],
+    "born-dead": [BORN],
+    "the-map": [MAP],
+    "bend-a-line": [BEND],
+    "who-dies": [NORM],
+    "on-off": [BEND],
+}
+SHOWN = [(name, page) for name, pages in PAGES.items() for page in pages]
 
 pytestmark = [pytest.mark.site, pytest.mark.slow, pytest.mark.xdist_group("site")]
 
@@ -250,24 +259,24 @@ def test_scripts_load_only_where_they_are_used(site):
     assert {name: sorted(pages) for name, pages in found.items()} == PAGES
 
 
-@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND, FIRST])
-def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, page):
+@pytest.mark.parametrize(("name", "page"), SHOWN)
+def test_without_scripts_a_picture_and_a_sentence_remain(browser, address, name, page):
     context = browser.new_context(java_script_enabled=False)
     opened = context.new_page()
     opened.goto(f"{address}/{page}.html")
-    figure = opened.locator(".rb-explorable")
+    figure = opened.locator(f"#explorable-{name}")
     assert figure.locator("svg").count() >= 2
     assert figure.locator("button, input").count() == 0
     assert len(figure.locator("figcaption").inner_text()) > 60
     context.close()
 
 
-@pytest.mark.parametrize("page", [KILL, BORN, MAP, BEND, FIRST])
-def test_figures_run_from_a_file(browser, site, page):
+@pytest.mark.parametrize(("name", "page"), SHOWN)
+def test_figures_run_from_a_file(browser, site, name, page):
     context = browser.new_context()
     opened = context.new_page()
     opened.goto((site / f"{page}.html").as_uri())
-    opened.wait_for_selector(".rb-explorable[data-ready] input, .rb-explorable[data-ready] button")
+    opened.wait_for_selector(f"#explorable-{name}[data-ready] :is(input, button)")
     context.close()
 
 
@@ -293,12 +302,12 @@ def test_a_reader_kills_a_unit_and_centering_saves_it_by_keyboard_alone(browser,
         assert not visit.errors
 
 
-@pytest.mark.parametrize("where", [KILL, BORN, MAP, BEND, FIRST])
-def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, where):
+@pytest.mark.parametrize(("name", "where"), SHOWN)
+def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, name, where):
     with Visit(browser, address, f"{where}.html") as visit:
-        figure = visit.page.locator(".rb-explorable")
+        figure = visit.page.locator(f"#explorable-{name}")
         for label in figure.locator("label[for]").all_inner_texts():
-            kind = visit.page.get_by_label(label, exact=True).evaluate("node => node.type")
+            kind = figure.get_by_label(label, exact=True).evaluate("node => node.type")
             assert kind in ("range", "select-one")
         assert figure.locator("[role=status], [aria-live], output").count() == 1
 
@@ -336,7 +345,7 @@ def test_more_depth_never_revives(browser, address):
 
 def test_a_reader_bends_the_line_closer(browser, address):
     with Visit(browser, address, f"{BEND}.html") as visit:
-        page, said = visit.page, visit.page.locator(".rb-explorable [role=status]")
+        page, said = visit.page, visit.page.locator("#explorable-bend-a-line [role=status]")
         assert said.inner_text().startswith("3 ReLUs, 4 pieces: at worst")
 
         def off():
