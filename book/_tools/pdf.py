@@ -116,7 +116,8 @@ def document(site: Path, numbers: dict[str, int]) -> str:
         '<script defer src="/_static/mathjax/startup.js"></script></head><body>'
         f'<div class="cover"><img src="/_static/logo.svg" alt=""/><p>The ReLU Book</p>'
         f'<p class="small">The site has figures that move, and all code: '
-        f'<a href="{base}">{base}</a></p></div><nav class="contents"><p class="head">Contents</p>{"".join(contents)}</nav>'
+        f'<a href="{base}">{base}</a></p></div><nav class="contents">'
+        f'<p class="head">Contents</p>{"".join(contents)}</nav>'
         f'<div class="bd-content"><div class="bd-article-container">{"".join(texts)}</div></div>'
         "</body></html>"
     )

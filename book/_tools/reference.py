@@ -93,8 +93,6 @@ def class_signature(node: ast.ClassDef) -> str:
     fields = []
     for member in node.body:
         if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
-            if "ClassVar" in ast.unparse(member.annotation):
-                continue
             name, value = member.target.id, member.value
             if "ClassVar" in ast.unparse(member.annotation):
                 continue

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 from relubook._optional import require
 from relubook.units._kinds import PIECE
 
+__all__ = ["RARE", "STATES", "Report", "SiteReport", "silence_bound"]
+
 RARE = 0.01
 """A unit that fires on fewer than this share of the inputs, and on one at least, is rare."""
 
