@@ -163,7 +163,7 @@ def diagnose(
 
     Each call of :func:`relubook.layers.maxout.maxout`, as in ``Maxout`` and ``MaxoutConv2d``, is a
     site too, of kind ``"maxout piece"``: it tells on how many inputs each piece *wins*, alone or at
-    a tie. One that *never wins* is wasted, but no dead unit; see :class:`SiteReport`.
+    a tie. One that *never wins* is wasted, but no dead unit: see ``SiteReport``.
 
     Args:
         model: Any module. It runs without gradients.
