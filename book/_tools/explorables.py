@@ -27,6 +27,7 @@ TITLES = {
     "kill-a-unit": "Kill a unit",
     "born-dead": "Born dead",
     "bend-a-line": "Bend a line",
+    "take-the-largest": "Take the largest",
     "the-map": "The map: dead units by learning rate",
 }
 RESULTS = {"born-dead": "born-dead", "the-map": "rate-map"}
