@@ -28,6 +28,7 @@ TITLES = {
     "kill-a-unit": "Kill a unit",
     "born-dead": "Born dead",
     "bend-a-line": "Bend a line",
+    "take-the-largest": "Take the largest",
     "the-map": "The map: dead units by learning rate",
     "who-dies": "Who dies, who learns?",
     "on-off": "On/off: which unit is silent on which image",

@@ -10,10 +10,12 @@ import explorables
 import pytest
 import torch
 from scipy.stats import binomtest
-from visits import DESK, PHONE, Visit
+from visits import DESK, PHONE, Visit, violations
 
 from relubook.chapters.born_dead import lower_bound, upper_bound
 from relubook.evidence.results import load
+from relubook.layers.maxout import Maxout
+from relubook.units.diagnosis import diagnose
 
 ROOT = Path(__file__).resolve().parents[2]
 KILL, BORN, MAP = "book/how-units-die", "book/born-dead", "book/learning-rate-and-optimizer"
@@ -237,6 +239,80 @@ def test_tangents_of_a_parabola_are_off_by_one_over_k_squared(model):
         assert mine["pieces"] == k
 
 
+def maxout_of(rows):
+    """Return the unit of one input with these lines, in 64 bits."""
+    unit = Maxout(1, 1, len(rows), dtype=torch.float64)
+    with torch.no_grad():
+        unit.weight.copy_(torch.tensor(rows, dtype=torch.float64)[:, :1])
+        unit.bias.copy_(torch.tensor(rows, dtype=torch.float64)[:, 1])
+    return unit
+
+
+def laid(generator, k):
+    """Return handles of k lines, some far too low to win; the last of many is below the first."""
+    draws = torch.rand(k, 2, generator=generator, dtype=torch.float64)
+    handles = [{"p": 2 * p - 1, "lift": 1.2 * lift - 0.6} for p, lift in draws.tolist()]
+    if k > 4:
+        handles[-1] = handles[0] | {"lift": handles[0]["lift"] - 0.1 * (k % 2)}
+    return handles
+
+
+@pytest.mark.parametrize("mode", ["one maximum", "a difference of two"])
+def test_the_largest_line_agrees_with_pytorch(model, mode):
+    generator, ask = torch.Generator().manual_seed(0), "a => relubook.takeTheLargest.outcome(...a)"
+    grid = torch.tensor(model.evaluate("relubook.takeTheLargest.grid"), dtype=torch.float64)
+    aim = "([m, xs]) => xs.map(x => relubook.takeTheLargest.target(m, x))"
+    target = torch.tensor(model.evaluate(aim, [mode, grid.tolist()]), dtype=torch.float64)
+    guides = {
+        "one maximum": [grid**2],
+        "a difference of two": [0.35 * (torch.pi * grid).sin() + 1.8 * grid**2, 1.8 * grid**2],
+    }[mode]
+    torch.testing.assert_close(target, guides[0] - sum(guides[1:]), rtol=0, atol=1e-12)
+    fine = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[:, None]
+    losers = 0
+    for k in range(1, 9):
+        units = [laid(generator, k) for _ in guides]
+        mine = model.evaluate(ask, [mode, units])
+        built = [maxout_of(rows) for rows in mine["rows"]]
+        with torch.no_grad():
+            made = [unit(grid[:, None])[:, 0] for unit in built]
+        theirs = made[0] - sum(made[1:])
+        drawn = torch.tensor(mine["values"], dtype=torch.float64)
+        torch.testing.assert_close(drawn, theirs, rtol=0, atol=1e-9)
+        assert mine["error"] >= (theirs - target).abs().max() - 1e-9
+        for unit, won, guide, handles in zip(built, mine["won"], guides, units, strict=True):
+            (site,) = diagnose(unit, fine)
+            assert [stretch is None for stretch in won] == site.never_wins.tolist()
+            lengths = [0 if stretch is None else (stretch[1] - stretch[0]) / 2 for stretch in won]
+            assert site.rate.tolist() == pytest.approx(lengths, abs=1e-4)
+            losers += sum(stretch is None for stretch in won)
+            for line, handle in zip(unit.weight.detach()[:, 0], handles, strict=True):
+                middle = (grid - handle["p"]).abs().argsort()[:2]  # the slope of the curve there
+                slope = (guide[middle[0]] - guide[middle[1]]) / (grid[middle[0]] - grid[middle[1]])
+                assert line.item() == pytest.approx(slope.item(), abs=0.02)
+    assert losers > 5
+
+
+def test_no_lines_come_closer_to_a_parabola_than_the_best(model):
+    generator, ask = torch.Generator().manual_seed(0), "a => relubook.takeTheLargest.outcome(...a)"
+    for k in range(1, 9):
+        best = model.evaluate("k => relubook.takeTheLargest.best(k)", k)
+        limit = model.evaluate("k => relubook.takeTheLargest.bestError(k)", k)
+        assert limit == pytest.approx(1 / (2 * k**2), abs=1e-15)
+        assert model.evaluate(ask, ["one maximum", [best]])["error"] == pytest.approx(
+            limit, abs=1e-12
+        )
+        for size in (0.002, 0.02, 0.2):
+            for _ in range(20):
+                push = size * torch.randn(k, 2, generator=generator, dtype=torch.float64)
+                moved = [
+                    {"p": line["p"] + p, "lift": line["lift"] + lift}
+                    for line, (p, lift) in zip(best, push.tolist(), strict=True)
+                ]
+                other = model.evaluate(ask, ["one maximum", [moved]])
+                assert other["error"] > limit
+
+
 # ---- the stills and the pages ------------------------------------------------------------------
 
 
@@ -365,6 +441,130 @@ def test_a_reader_bends_the_line_closer(browser, address):
         assert said.inner_text().startswith("The largest of 10 lines, 10 pieces")
         page.get_by_label("Curve", exact=True).select_option("a wave")
         assert "only bends upwards" in said.inner_text()
+
+
+@pytest.fixture
+def alone(browser):
+    """Open a figure on a bare page of some width and scheme, which needs no site."""
+    opened = []
+
+    def open_(name, width=900, scheme="light", **options):
+        viewport = {"width": width, "height": 900}
+        opened.append(browser.new_context(viewport=viewport, color_scheme=scheme, **options))
+        page = opened[-1].new_page()
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        dark = "--pst-color-text-base:#ced6dd;--pst-color-text-muted:#9ca4af;background:#14181e;"
+        dark += "--pst-color-background:#14181e;--pst-color-border:#48566b"
+        page.set_content(
+            f'<!doctype html><html lang="en" data-theme="{scheme}" '
+            f'style="{dark if scheme == "dark" else ""}"><title>{name}</title>'
+            f'<body style="margin:8px"><style>* {{box-sizing: border-box}}</style><main><h1>x</h1>'
+            f'<figure class="rb-explorable" data-explorable="{name}"><div class="rb-stage"></div>'
+            f'<script type="application/json">{explorables.data(name)}</script>'
+            "<figcaption>A sentence.</figcaption></figure></main></body></html>"
+        )
+        page.add_style_tag(path=str(explorables.SCRIPTS.parent / "explorables.css"))
+        for script in ("core", name):
+            page.add_script_tag(path=str(explorables.SCRIPTS / f"{script}.js"))
+        return page
+
+    yield open_
+    for context in opened:
+        context.close()
+
+
+LARGEST = "take-the-largest"
+
+
+def test_a_reader_lifts_the_line_that_never_wins(alone):
+    page = alone(LARGEST)
+    said = page.get_by_role("status")
+    assert said.inner_text() == (
+        "Of 4 lines 3 win: the largest is at worst 0.111 from x²; with the best 4 lines 0.031. "
+        "Line 4 never wins."
+    )
+    assert page.locator(".rb-lost").count() == 1
+    assert page.locator(".rb-lost").evaluate("n => getComputedStyle(n).strokeDasharray") != "none"
+    assert page.get_by_text("line 4 never wins", exact=True).count() == 1
+    before = page.locator(".rb-unit").first.get_attribute("points")
+    page.get_by_role("button", name="Remove line 4").click()  # the unit is the same without it
+    after = page.locator(".rb-unit").first.get_attribute("points")
+    assert set(after.split()) <= set(before.split())
+    assert said.inner_text().startswith("Of 3 lines 3 win: the largest is at worst 0.111")
+    page.get_by_role("button", name="Add a line").click()
+    assert said.inner_text().startswith("Of 4 lines 4 win")
+    page.get_by_role("button", name="Lay the best 4").click()
+    assert said.inner_text() == (
+        "Of 4 lines 4 win: the largest is at worst 0.031 from x²; with the best 4 lines 0.031."
+    )
+    assert page.errors == []
+
+
+def test_a_line_moves_by_mouse_by_keys_and_by_its_sliders(alone):
+    page = alone(LARGEST)
+    said, line = page.get_by_role("status"), page.get_by_role("slider", name="line 4", exact=True)
+    spot = line.bounding_box()
+    x, y = spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 10, y - 60, steps=4)
+    page.mouse.up()
+    assert said.inner_text().startswith("Of 4 lines 4 win")
+    place = line.get_attribute("aria-valuetext")
+    assert "never wins" not in place
+    for key in ("ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+        assert line.get_attribute("aria-valuetext") != place
+        place = line.get_attribute("aria-valuetext")
+    for _ in range(6):
+        page.keyboard.press("Shift+ArrowDown")
+    assert line.get_attribute("aria-valuetext").endswith("never wins")
+    page.get_by_label("Line 4: lift").fill("0")
+    assert said.inner_text().startswith("Of 4 lines 4 win")
+    page.get_by_role("slider", name="line 1", exact=True).focus()
+    page.get_by_label("Line 1: slope").fill("0.5")
+    assert page.get_by_label("Line 1: slope").get_attribute("aria-valuetext") == "1.00"
+    assert page.errors == []
+
+
+def test_a_difference_of_two_maxima_bends_both_ways(alone):
+    page = alone(LARGEST)
+    said = page.get_by_role("status")
+
+    def off():
+        return float(re.search(r"at worst ([\d.]+) from the wave", said.inner_text())[1])
+
+    page.get_by_label("Built of").select_option("a difference of two")
+    assert said.inner_text().startswith("The largest of 4 lines minus the largest of 4: at worst")
+    before = off()
+    assert page.get_by_role("slider", name=re.compile("^(subtracted )?line")).count() == 8
+    for _ in range(4):
+        page.get_by_role("button", name="Add a line").click()
+    assert page.get_by_role("button", name="Add a line").is_disabled()
+    page.get_by_role("button", name="Spread evenly").click()
+    assert off() < before / 2
+    page.get_by_role("slider", name="subtracted line 2", exact=True).focus()
+    for _ in range(2):  # its neighbors meet 1.8 / 4 ** 2 = 0.11 below where it touches
+        page.keyboard.press("Shift+ArrowDown")
+    assert "Subtracted line 2 never wins." in said.inner_text()
+    page.get_by_label("Built of").select_option("one maximum")  # as it was left
+    assert said.inner_text().endswith("Line 4 never wins.")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("mode", ["one maximum", "a difference of two"])
+def test_lines_can_be_laid_on_a_small_phone(alone, mode, scheme):
+    page = alone(LARGEST, 320, scheme, has_touch=True, reduced_motion="reduce")
+    page.get_by_label("Built of").select_option(mode)
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    for handle in page.locator(".rb-handle").all():
+        assert handle.evaluate("n => getComputedStyle(n).touchAction") == "none"
+        assert min(handle.bounding_box()[side] for side in ("width", "height")) >= 24
+    page.touchscreen.tap(*[page.locator(".rb-handle").first.bounding_box()[k] + 12 for k in "xy"])
+    assert page.get_by_label("Line 1: slope").count() == 1
+    assert violations(page) == []
 
 
 def test_the_map_answers_a_choice(browser, address):
