@@ -150,11 +150,10 @@ def diagnose(
     ``nn.TransformerEncoderLayer``, ``autograd.Function``, and scripted, checkpointed and compiled
     parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other.
 
-    A site's *name* is the module's qualified name, such as ``"layer1.0.relu"``, followed by the
-    operator where a module calls a function: ``"layer1.0.relu()"``, ``"relu()"``. A site is one
-    place in the code fed by one layer; its calls in a loop, such as the time steps of a cell, count
-    as positions. ``#1``, ``#2`` and so on number sites of one name as they were first seen. The
-    rectifiers inside ``nn.RNN`` are named as its weights are, ``"rnn.l0"`` or ``"rnn.l1_reverse"``.
+    A site is one place in the code fed by one layer; its calls in a loop, such as the time steps of
+    a cell, count as positions. Its *name* is the module's, ``"layer1.0.relu"``, with the operator
+    where a module calls a function, ``"layer1.0.relu()"``, and ``#1``, ``#2`` and so on if others
+    have the same; inside ``nn.RNN`` it is like its weights', ``"rnn.l0"``, ``"rnn.l1_reverse"``.
 
     *Units* are the channels of a convolution, whose positions count as observations, and the
     features of a linear layer, whatever the leading dimensions. They are followed from the layer
