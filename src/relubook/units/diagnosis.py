@@ -1,7 +1,6 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, Literal
@@ -13,14 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from relubook.units._numbers import core
 from relubook.units.report import Report, SiteReport, silence_bound
-from relubook.units.sites import (
-    AmbiguousUnitsError,
-    Site,
-    SiteFinder,
-    tensors_in,
-    undisturbed,
-    unwrapped,
-)
+from relubook.units.sites import AmbiguousUnitsError, Site, SiteFinder, tensors_in, unwrapped
 
 __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_bound"]
 
@@ -219,10 +211,7 @@ def diagnose(
     device = devices.pop() if len(devices) == 1 else None
     inputs = done = 0
     example = None
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.callback(counter.detach)
-        counter.attach()
+    with counter.attached(model):
         for index, batch in enumerate(_batches(data)):
             given = batch if forward is not None else _model_input(batch, index)
             size = _size(batch, given, index, batch_dim, count)
