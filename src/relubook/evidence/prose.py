@@ -29,9 +29,8 @@ def says(
 
     Args:
         samples, within: As for :func:`~relubook.evidence.statistics.interval`.
-        words: What the text says, such as ``"about half"``.
-        low, high: Least and greatest mean that a reader understands by it; may be infinite, but
-            ValueError if nothing could contradict them.
+        words, low, high: What the text says, such as ``"about half"``, and the least and greatest
+            mean that a reader understands by it; ValueError if nothing could contradict them.
         nonfinite: The number that NaN and infinity count as, or ``"omit"``; None refuses them.
     """
     least, most = within or (-math.inf, math.inf)

@@ -88,10 +88,9 @@ def common_value(samples: Samples) -> tuple[float, int]:
 def finite_samples(samples: Samples, nonfinite: float | str | None) -> tuple[Any, int]:
     """Return samples ready for an interval, and how many of them were not finite.
 
-    Args:
-        samples: One number or truth value a network, shape (n,), n >= 1; else ValueError.
-        nonfinite: "omit", or the number that NaN and infinity count as; None refuses them by a
-            ValueError: an overflowed network is not silent, and how it counts is for you to say.
+    They are one number or truth value a network, shape (n,), n >= 1; else ValueError. ``nonfinite``
+    is "omit", or the number that NaN and infinity count as; None refuses them by a ValueError: an
+    overflowed network is not silent, and how it counts is for you to say.
     """
     np = require("numpy", "intervals")
     x = np.asarray(samples)

@@ -11,20 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kind:
-    """One member of the family.
-
-    Attributes:
-        silences: Whether it has a silent region.
-        level: Largest silent pre-activation; ``-inf`` if the silent region is a band.
-        by_output: Whether its output tells more exactly whether it is silent.
-        dim: For the pieces of maxout, the dimension along which those of a unit lie. A piece counts
-            as firing where it wins: where it attains the maximum.
-    """
+    """One member of the family."""
 
     name: str
-    silences: bool = True
-    level: float = 0.0
-    by_output: bool = False
+    silences: bool = True  # whether it has a silent region
+    level: float = 0.0  # its largest silent pre-activation; -inf if the silent region is a band
+    by_output: bool = False  # whether its output tells more exactly whether it is silent
+    # For the pieces of maxout, the dimension along which those of a unit lie. A piece counts as
+    # firing where it wins: where it attains the maximum.
     dim: int | None = None
 
     def fires(self, x: Tensor, out: Tensor | None) -> Tensor:

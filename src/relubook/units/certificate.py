@@ -106,9 +106,8 @@ def certify_dead(model: nn.Module, low: float | Tensor, high: float | Tensor) ->
 
     Raises:
         TypeError: If a layer is not supported, or the box holds no numbers.
-        ValueError: If the box is empty, not finite or of another shape, a layer is in training mode
-            where that matters or has hooks or parameters that are not finite, no rectifier can be
-            silent, or a layer's values may overflow.
+        ValueError: If the box is empty, not finite or of another shape, no rectifier can be silent,
+            or a layer trains where that matters, has hooks, is not finite, or may overflow.
     """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__

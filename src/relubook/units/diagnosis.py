@@ -1,7 +1,6 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, Literal
@@ -13,14 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from relubook.units._numbers import core
 from relubook.units.report import Report, SiteReport, silence_bound
-from relubook.units.sites import (
-    AmbiguousUnitsError,
-    Site,
-    SiteFinder,
-    tensors_in,
-    undisturbed,
-    unwrapped,
-)
+from relubook.units.sites import AmbiguousUnitsError, Site, SiteFinder, tensors_in, unwrapped
 
 __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_bound"]
 
@@ -150,11 +142,10 @@ def diagnose(
     ``nn.TransformerEncoderLayer``, ``autograd.Function``, and scripted, checkpointed and compiled
     parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other.
 
-    A site's *name* is the module's qualified name, such as ``"layer1.0.relu"``, followed by the
-    operator where a module calls a function: ``"layer1.0.relu()"``, ``"relu()"``. A site is one
-    place in the code fed by one layer; its calls in a loop, such as the time steps of a cell, count
-    as positions. ``#1``, ``#2`` and so on number sites of one name as they were first seen. The
-    rectifiers inside ``nn.RNN`` are named as its weights are, ``"rnn.l0"`` or ``"rnn.l1_reverse"``.
+    A site is one place in the code fed by one layer; its calls in a loop, such as the time steps of
+    a cell, count as positions. Its *name* is the module's, ``"layer1.0.relu"``, with the operator
+    where a module calls a function, ``"layer1.0.relu()"``, and ``#1``, ``#2`` and so on if others
+    have the same; inside ``nn.RNN`` it is like its weights', ``"rnn.l0"``, ``"rnn.l1_reverse"``.
 
     *Units* are the channels of a convolution, whose positions count as observations, and the
     features of a linear layer, whatever the leading dimensions. They are followed from the layer
@@ -220,10 +211,7 @@ def diagnose(
     device = devices.pop() if len(devices) == 1 else None
     inputs = done = 0
     example = None
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.callback(counter.detach)
-        counter.attach()
+    with counter.attached(model):
         for index, batch in enumerate(_batches(data)):
             given = batch if forward is not None else _model_input(batch, index)
             size = _size(batch, given, index, batch_dim, count)

@@ -95,8 +95,7 @@ def find_readers(
 ) -> tuple[list[Plan], dict[str, str]]:
     """Say for every site of a report how to repair it, or by its name why not.
 
-    Raises:
-        ValueError: If a site names a layer that the model does not have.
+    ValueError if a site names a layer that the model does not have.
     """
     tracer, training = Tracer(model), Tracer(model)
     for site in sites:
@@ -295,11 +294,7 @@ class Tracer(SiteFinder):
         return numbers if isinstance(numbers := self._of.get(x), Tensor) else none
 
     def readers(self, name: str, units: Tensor) -> dict[str, list[bool]]:
-        """Say which input columns of which layers read some units of a layer.
-
-        Raises:
-            Unpaired: If they go elsewhere too.
-        """
+        """Say which input columns of which layers read some units; Unpaired if others get them."""
         way = self.ways[name]
         mine = way.first + units
         for numbers, what in way.ends:
@@ -311,11 +306,7 @@ class Tracer(SiteFinder):
         return {reader: columns.tolist() for reader, columns in found.items() if columns.any()}
 
     def plan(self, site: Any) -> Plan:
-        """Say how to repair a site.
-
-        Raises:
-            Unpaired: If it cannot be repaired.
-        """
+        """Say how to repair a site; Unpaired if it cannot be repaired."""
         name, before, dead = site.producer, None, site.dead.detach().cpu()
         if name is None:
             what = self.made_by.get(site.name.split("#")[0], "something")
@@ -329,8 +320,7 @@ class Tracer(SiteFinder):
         if (uses := len(self.ways[name].sites)) > 1:
             raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
         layer, units = self._check(name, REPAIRED), dead.nonzero().flatten()
-        outputs = getattr(layer, "out_features", None) or layer.out_channels
-        dim = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+        outputs, dim = len(layer.weight), unit_dim(layer, dead)
         if outputs != len(dead) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(dead)} units lie along dimension {site.unit_dim}"
             raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")

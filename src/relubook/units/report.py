@@ -288,8 +288,7 @@ class Report(UnitListing[SiteReport]):
 
     Attributes:
         sites: One :class:`SiteReport` per rectifier, in the order of their first calls.
-        inputs: Number of inputs the model saw.
-        batches: Number of batches it saw.
+        inputs, batches: How many the model saw.
         notes: What could not be seen, or was left out on purpose, in words.
         example: The input of the first batch, as it was given; ``None`` with ``forward=``.
     """
@@ -319,10 +318,7 @@ class Report(UnitListing[SiteReport]):
         return pandas.concat(frames, ignore_index=True)
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw a bar per site, split by the state of its units, and return the figure.
-
-        The axes are matplotlib's; by default those of a new figure, tall enough.
-        """
+        """Draw a bar per site, split by its units' states, on axes or a new figure; return that."""
         if axes is None:
             size = (5.2, 1.3 + 0.3 * len(self.sites))
             pyplot = require("matplotlib.pyplot", "figures")

@@ -125,11 +125,10 @@ def revive_(
     al. 2023, arXiv 2302.12902), applied to dead instead of dormant units.
 
     **What stays.** In evaluation mode the output is the same on every input on which all revived
-    units were silent: bit for bit, or up to rounding where a batch norm stands behind the
-    rectifier. Such a norm turns the unit's 0 into a constant c, and the next layer's bias takes
-    over c times the outgoing weights. In training mode the function can change by what running and
-    batch mean differ. The outputs on the batch are compared, with the model's own hooks; a site
-    whose repair moves them is put back and listed.
+    units were silent: bit for bit, or up to rounding where a batch norm behind the rectifier turns
+    the unit's 0 into a constant, whose part the next layer's bias takes over. In training mode the
+    function can change by what running and batch mean differ. A site whose repair moves the outputs
+    on the batch is put back and listed.
 
     **Which layers come next** is observed in two passes, in evaluation and in training mode, on the
     path that the batch takes. Left and listed with the reason: sums (residual connections), layer

@@ -125,9 +125,8 @@ def call_path(
 ) -> tuple[tuple[Any, ...], str | None]:
     """Return the way from the model's call to one in it, and ``"file.py:12"``, the line of that.
 
-    The way holds code and instruction of each frame between ``frame`` and ``boundary`` that is
-    outside torch and this package, and what ``modules`` calls each module by its ``id``, or the
-    type of one made anew in each pass.
+    The way holds code and instruction of each frame from ``frame`` to ``boundary`` outside torch
+    and this package, and each module's name by its ``id``, or the type of one made in the pass.
     """
     path: list[Any] = []
     location = None

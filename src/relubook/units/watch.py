@@ -89,13 +89,12 @@ class Watch:
     fires (0 for ReLU) counts as dead. So a death is dated to within a window, and rests on as many
     inputs as the window had: a unit that fires on few inputs looks dead in a short window.
 
-    Sites are found by an audit: before the first step the model runs once more on that step's
-    input, without a trace (see :func:`relubook.units.sites.undisturbed`), save that its own hooks
-    run and what it writes to plain Python attributes stays. Hooks then read each site's input where
-    a module gets or returns it, as with ``nn.ReLU`` or ``F.relu(self.fc(x))``. Named in
-    ``unfollowed`` and a warning are sites that no hook can read, such as a function of a sum; those
-    of a module that a later pass calls more or less often; and parts that the audit left out and a
-    later pass calls (an expert, a layer under stochastic depth).
+    Before the first step the model runs once more on that step's input, without a trace save that
+    its own hooks run and what it writes to plain Python attributes stays. That finds the sites;
+    hooks then read each one's input where a module gets or returns it, as with ``nn.ReLU`` or
+    ``F.relu(self.fc(x))``. Named in ``unfollowed`` and a warning are sites that no hook can read,
+    such as a function of a sum; those of a module that a later pass calls more or less often; and
+    parts that only a later pass calls (an expert, a layer under stochastic depth).
 
     A step is a forward pass in training mode with gradients on, or one of the ``optimizer`` if
     given. Eager training gives the same weights to the bit as without it. Autocast works, and
@@ -109,19 +108,17 @@ class Watch:
         step: Number of steps seen.
         history: Deaths and revivals, one :class:`Event` each, in the order of their windows.
         unfollowed: Names of the sites and parts that are not followed.
-        notes: What the audit could not see.
+        notes: What the first pass could not see.
 
     Args:
         model: Any module. ``torch.compile``'s and the data-parallel wrappers are looked through.
         window: Steps per window.
-        optimizer: Count its steps instead of forward passes. A wrapper that has it as
-            ``optimizer`` is looked through.
+        optimizer: Count its steps, or those of what it wraps, instead of forward passes.
         unit_dim, batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
 
     Raises:
         TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
-        ValueError: If ``window`` is not positive, or (at the first step) the model calls no
-            rectifier.
+        ValueError: If ``window`` is not positive, or, at the first step, no rectifier is called.
         AmbiguousUnitsError: At the first step, if no site's units can be told.
 
     Example:
