@@ -73,6 +73,12 @@ def test_the_guide_is_that_of_the_bake_off():
     assert re.findall(r"^\d\. \*\*(.+)\*\*", page, re.MULTILINE) == heads
 
 
+def test_the_door_states_the_time_of_its_chapter():
+    page = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    time = front_page.chapter_of(ROOT / "book" / "how-units-die.md").time
+    assert f"{time} with its knobs" in page
+
+
 def test_a_surprise_names_the_present_verdict():
     line = "a, true, but: Said. | Found."
     assert ledger_page.surprise(line, {"a": "true, but"}) == ("a", "true, but", "Said.", "Found.")
