@@ -15,6 +15,7 @@ import reference
 import searching
 import speed
 from docutils import nodes
+from last_run import LastRun
 from ledger_page import ClaimsSummary, ClaimsTable
 from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
@@ -141,6 +142,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     speed.setup(app)
     app.add_directive("claims-summary", ClaimsSummary)
     app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("last-run", LastRun)
     app.add_directive("source-notes", SourceNotes)
     app.add_directive("rooms", Rooms)
     app.add_directive("room", Room)
