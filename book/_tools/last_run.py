@@ -4,7 +4,6 @@ import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from docutils import nodes
 from notebooks import EVIDENCE, texts
@@ -34,27 +33,50 @@ def versions(of: Mapping[str, str]) -> str:
 
 
 def notebooks() -> list[dict[str, str]]:
-    """Return for each notebook, in the order of its name, its day and its versions."""
+    """Return for each notebook its title, its day and its versions; evidence behind its chapter."""
     rows = []
-    for path in sorted(text.with_suffix(".ipynb") for text in texts().values()):
+    paths = sorted(
+        (text.with_suffix(".ipynb") for text in texts().values()),
+        key=lambda path: (path.stem, path.parent.name == EVIDENCE),
+    )
+    for path in paths:
         name = path.relative_to(BOOK).with_suffix("").as_posix()
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        stamp = notebook["metadata"].get("relubook", {})
         title = "".join(notebook["cells"][0]["source"]).splitlines()[0].lstrip("# ")
-        link = f"[{title}]({name}.ipynb)"
-        ran = {"name": link, "day": stored_on(path), "versions": versions(stamp["versions"])}
-        rows.append(ran | {"room": EVIDENCE if EVIDENCE in name else ""})
+        with_ = versions(notebook["metadata"]["relubook"]["versions"])
+        day = stored_on(path) or "not known here"
+        rows.append({"name": f"[{title}]({name}.ipynb)", "day": day, "with": with_})
     return rows
 
 
-def results() -> list[dict[str, Any]]:
-    """Return what each stored result says of its computation."""
-    found = []
+def results() -> list[dict[str, str]]:
+    """Return for each stored result its name, its day, its cost, its versions and its machine."""
+    rows = []
     for path in sorted((BOOK / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "date" in result:
-            found.append(result)
-    return found
+        if "date" not in result:
+            continue
+        where = result.get("machine", "")
+        if not where and "+cpu" in result["versions"]["torch"]:
+            where = "on processors alone (PyTorch's CPU build)"
+        row = {"name": f"`{result['name']}`", "day": result["date"]}
+        row |= {"minutes": f"{result['duration'] / 60:.1f}"}
+        rows.append(row | {"with": ", ".join(filter(None, [versions(result["versions"]), where]))})
+    return rows
+
+
+def table(rows: list[dict[str, str]], heads: dict[str, str]) -> list[str]:
+    """Return a Markdown table, and above it what most of its rows ran with."""
+    ran = [row["with"] for row in rows]
+    common = max(ran, key=ran.count)
+    columns = [*heads] + (["with"] if set(ran) != {common} else [])
+    lines = [f"{'All' if 'with' not in columns else 'If nothing else is said,'} ran with {common}."]
+    lines += ["", "|" + "|".join({**heads, "with": "Other versions"}[c] for c in columns) + "|"]
+    lines += ["|" + "|".join("--:" if c == "minutes" else "---" for c in columns) + "|"]
+    for row in rows:
+        shown = row | {"with": "" if row["with"] == common else row["with"]}
+        lines.append("|" + "|".join(shown[c] for c in columns) + "|")
+    return [*lines, ""]
 
 
 class LastRun(SphinxDirective):
@@ -63,23 +85,10 @@ class LastRun(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the two sections."""
         self.env.note_reread()
-        ran = notebooks()
-        common = max((row["versions"] for row in ran), key=[r["versions"] for r in ran].count)
-        lines = ["## Notebooks", "", f"All with {common}, if nothing else is said.", ""]
-        lines += ["| Notebook | Outputs stored | Other versions |", "|---|---|---|"]
-        for row in ran:
-            other = "" if row["versions"] == common else row["versions"]
-            lines.append(f"| {row['name']} | {row['day'] or 'not known here'} | {other} |")
-        lines += ["", "## Stored results", ""]
+        lines = ["## Notebooks", ""]
+        lines += table(notebooks(), {"name": "Notebook", "day": "Outputs stored"})
+        lines += ["## Stored results", ""]
         lines += ["What takes longer than a reader waits was computed once and stored.", ""]
-        lines += [
-            "| Result | Computed | Minutes of one core | With | On |",
-            "|---|---|--:|---|---|",
-        ]
-        for result in results():
-            kind = "processor" if "+cpu" in result["versions"]["torch"] else "not recorded"
-            lines.append(
-                f"| `{result['name']}` | {result['date']} | {result['duration'] / 60:.1f} | "
-                f"{versions(result['versions'])} | {result.get('machine', kind)} |"
-            )
+        heads = {"name": "Result", "day": "Computed", "minutes": "Minutes of one core"}
+        lines += table(results(), heads)
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)

@@ -14,8 +14,8 @@ from urllib.parse import urljoin, urlparse
 
 import yaml
 from bs4 import BeautifulSoup, Tag
-from playwright.sync_api import sync_playwright
-from pypdf import PdfReader
+from playwright.sync_api import Browser, sync_playwright
+from pypdf import PdfReader, PdfWriter
 from serving import served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +49,15 @@ def parts() -> Parts:
             pages += [(section["file"], 1) for section in chapter.get("sections", [])]
         found.append((part["caption"], [p for p in pages if "/api" not in p[0]]))
     return found
+
+
+def title_of(site: Path, page: str) -> str:
+    """Return a page's title."""
+    soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    heading = soup.select_one("article.bd-article h1")
+    for mark in soup.select(".headerlink"):
+        mark.decompose()
+    return heading.get_text().strip() if heading else page
 
 
 def article(site: Path, page: str, pages: set[str], base: str) -> Tag:
@@ -99,8 +108,7 @@ def document(site: Path, listed: Parts, numbers: dict[str, int]) -> str:
         rows = []
         for page, depth in chapters:
             text = article(site, page, pages, base)
-            heading = text.find("h1")
-            name = heading.get_text().strip() if heading else page
+            name = title_of(site, page)
             own = slug(page)
             rows.append(
                 f'<li class="depth{depth}"><a href="#{own}">{html.escape(name)}</a>'
@@ -136,21 +144,18 @@ def first_pages(path: Path) -> dict[str, int]:
     return found
 
 
-def make(site: Path, path: Path, listed: Parts) -> None:
+def make(site: Path, path: Path, listed: Parts, browser: Browser) -> None:
     """Print these pages of a built site into a file."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    with served(site) as (address, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page()
-        page.set_default_timeout(600_000)
+    page = browser.new_page()
+    page.set_default_timeout(600_000)
+    with served(site) as (address, _), tempfile.TemporaryDirectory() as folder:
 
         def draw(to: Path, numbers: dict[str, int], **options: bool) -> None:
             whole = site / f"whole-book-{len(numbers)}.html"  # two names: browsers keep pages
             whole.write_text(document(site, listed, numbers), encoding="utf-8")
             try:
                 page.goto(f"{address}/{whole.name}", wait_until="networkidle")
+                page.wait_for_function("MathJax.startup?.promise")
                 page.evaluate(
                     "MathJax.startup.promise.then(() => document.fonts.ready).then(String)"
                 )
@@ -158,18 +163,33 @@ def make(site: Path, path: Path, listed: Parts) -> None:
             finally:
                 whole.unlink()
 
-        with tempfile.TemporaryDirectory() as folder:
-            draw(Path(folder) / NAME, {})
-            numbers = first_pages(Path(folder) / NAME)
-        draw(path, numbers, outline=True, tagged=True)
-        browser.close()
+        draft, whole = Path(folder) / "draft.pdf", Path(folder) / NAME
+        draw(draft, {})
+        draw(whole, first_pages(draft), tagged=True)
+        writer = PdfWriter(clone_from=whole)  # Chromium's own outline says each title twice
+        numbers = first_pages(whole)
+        for caption, chapters in listed:
+            part = None
+            for name, _ in chapters:
+                number = numbers[slug(name)] - 1
+                if part is None and caption:
+                    part = writer.add_outline_item(caption, number)
+                writer.add_outline_item(title_of(site, name), number, parent=part)
+        writer.write(path)
+    page.close()
 
 
 def main() -> None:
     """Print the book."""
     if not (SITE / f"{FIRST_PAGE}.html").is_file():
         sys.exit("there is no site to print: run make book")
-    make(SITE, SITE / NAME, parts())
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        make(SITE, SITE / NAME, parts(), browser)
+        browser.close()
     print(f"{len(PdfReader(SITE / NAME).pages)} pages: {SITE / NAME}")
 
 
