@@ -173,8 +173,8 @@ def make(site: Path, path: Path, listed: Parts, browser: Browser) -> None:
             for name, _ in chapters:
                 number = numbers[slug(name)] - 1
                 if part is None and caption:
-                    part = writer.add_outline_item(caption, number)
-                writer.add_outline_item(title_of(site, name), number, parent=part)
+                    part = writer.add_outline_item(title=caption, page_number=number)
+                writer.add_outline_item(title=title_of(site, name), page_number=number, parent=part)
         writer.write(path)
     page.close()
 
