@@ -16,7 +16,7 @@ SITE := $(VENV)/.site
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test check format notebooks elsewhere verdicts record full serve stills bench lock address clean
+.PHONY: help book test check format notebooks elsewhere verdicts record full pdf lighthouse serve stills bench lock address clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -65,6 +65,12 @@ record: $(INSTALLED) ## like notebooks, and write the measured verdicts into the
 
 full: $(INSTALLED) ## compute what is missing or stale of book/results (NAMES=...: these)
 	$(RUN) book/_tools/experiments.py $(NAMES)
+
+pdf: $(INSTALLED) book ## print the whole book as one PDF, _build/html/relubook.pdf (needs Chromium)
+	$(RUN) book/_tools/pdf.py
+
+lighthouse: $(INSTALLED) book ## measure the site (needs Chromium, Node 18, npm and a quiet machine)
+	$(RUN) book/_tools/lighthouse.py $(NAMES)
 
 serve: $(SITE) ## build, serve on loopback and rebuild on change
 	$(RUN) book/_tools/build.py --serve

@@ -144,6 +144,7 @@ def compute(experiment: Experiment, folder: Path = notebooks.RESULTS) -> Path:
             print(json.dumps((key, measured, took)), file=file, flush=True)
     date, duration = datetime.datetime.now(datetime.UTC).date(), sum(t for _, t in done.values())
     head |= {"date": date.isoformat(), "duration": round(duration, 1)}
+    head["machine"] = f"{platform.machine()}, {platform.system()}"
     # One line an entry and cell, so that a changed cell is one changed line.
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     cells = ({"at": dict(zip(made.grid, k, strict=True)), "measured": done[k][0]} for k in points)

@@ -14,8 +14,8 @@ from urllib.parse import urljoin, urlparse
 
 import yaml
 from bs4 import BeautifulSoup, Tag
-from playwright.sync_api import Page, sync_playwright
-from pypdf import PdfReader
+from playwright.sync_api import Browser, sync_playwright
+from pypdf import PdfReader, PdfWriter
 from serving import served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +35,13 @@ def slug(page: str) -> str:
     return page.removeprefix("book/").replace("/", "-")
 
 
-def parts() -> list[tuple[str, list[tuple[str, int]]]]:
+Parts = list[tuple[str, list[tuple[str, int]]]]
+
+
+def parts() -> Parts:
     """Return the parts of the book, each with its pages and their depth."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    found: list[tuple[str, list[tuple[str, int]]]] = [("", [(toc["root"], 0)])]
+    found: Parts = [("", [(toc["root"], 0)])]
     for part in toc["parts"]:
         pages = []
         for chapter in part["chapters"]:
@@ -46,6 +49,15 @@ def parts() -> list[tuple[str, list[tuple[str, int]]]]:
             pages += [(section["file"], 1) for section in chapter.get("sections", [])]
         found.append((part["caption"], [p for p in pages if "/api" not in p[0]]))
     return found
+
+
+def title_of(site: Path, page: str) -> str:
+    """Return a page's title."""
+    soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    heading = soup.select_one("article.bd-article h1")
+    for mark in soup.select(".headerlink"):
+        mark.decompose()
+    return heading.get_text().strip() if heading else page
 
 
 def article(site: Path, page: str, pages: set[str], base: str) -> Tag:
@@ -84,9 +96,8 @@ def article(site: Path, page: str, pages: set[str], base: str) -> Tag:
     return section
 
 
-def document(site: Path, numbers: dict[str, int]) -> str:
+def document(site: Path, listed: Parts, numbers: dict[str, int]) -> str:
     """Return the whole book as one page; the contents name the pages that are known."""
-    listed = parts()
     pages = {page for _, chapters in listed for page, _ in chapters}
     front = BeautifulSoup((site / f"{FIRST_PAGE}.html").read_text(encoding="utf-8"), "html.parser")
     canonical = front.select_one("link[rel=canonical]")
@@ -97,15 +108,14 @@ def document(site: Path, numbers: dict[str, int]) -> str:
         rows = []
         for page, depth in chapters:
             text = article(site, page, pages, base)
-            heading = text.find("h1")
-            name = heading.get_text().strip() if heading else page
+            name = title_of(site, page)
             own = slug(page)
             rows.append(
                 f'<li class="depth{depth}"><a href="#{own}">{html.escape(name)}</a>'
                 f"<span>{numbers.get(own, 0)}</span></li>"
             )
             texts.append(str(text))
-        contents.append(f"<h2>{html.escape(caption)}</h2><ul>{''.join(rows)}</ul>")
+        contents.append(f'<p class="part">{html.escape(caption)}</p><ul>{"".join(rows)}</ul>')
     styles = "".join(
         f'<link rel="stylesheet" href="/_static/{name}.css"/>' for name in ("site", "explorables")
     )
@@ -116,8 +126,8 @@ def document(site: Path, numbers: dict[str, int]) -> str:
         '<script defer src="/_static/mathjax/startup.js"></script></head><body>'
         f'<div class="cover"><img src="/_static/logo.svg" alt=""/><p>The ReLU Book</p>'
         f'<p class="small">The site has figures that move, and all code: '
-        f'<a href="{base}">{base}</a></p></div><nav class="contents">'
-        f'<p class="head">Contents</p>{"".join(contents)}</nav>'
+        f'<a href="{base}">{base}</a></p></div>'
+        f'<nav class="contents"><p class="head">Contents</p>{"".join(contents)}</nav>'
         f'<div class="bd-content"><div class="bd-article-container">{"".join(texts)}</div></div>'
         "</body></html>"
     )
@@ -134,42 +144,52 @@ def first_pages(path: Path) -> dict[str, int]:
     return found
 
 
-def print_once(page: Page, site: Path, address: str, path: Path, numbers: dict[str, int]) -> None:
-    """Print the book with these page numbers in its contents."""
-    whole = site / "whole-book.html"
-    whole.write_text(document(site, numbers), encoding="utf-8")
-    try:
-        page.goto(f"{address}/{whole.name}", wait_until="networkidle")
-        page.wait_for_function("MathJax.startup.promise.then(() => true)", timeout=300_000)
-        page.evaluate("document.fonts.ready.then(() => true)")
-        page.pdf(
-            path=path, prefer_css_page_size=True, print_background=True, outline=True, tagged=True
-        )
-    finally:
-        whole.unlink()
+def make(site: Path, path: Path, listed: Parts, browser: Browser) -> None:
+    """Print these pages of a built site into a file."""
+    page = browser.new_page()
+    page.set_default_timeout(600_000)
+    with served(site) as (address, _), tempfile.TemporaryDirectory() as folder:
 
+        def draw(to: Path, numbers: dict[str, int], **options: bool) -> None:
+            whole = site / f"whole-book-{len(numbers)}.html"  # two names: browsers keep pages
+            whole.write_text(document(site, listed, numbers), encoding="utf-8")
+            try:
+                page.goto(f"{address}/{whole.name}", wait_until="networkidle")
+                page.wait_for_function("MathJax.startup?.promise")
+                page.evaluate(
+                    "MathJax.startup.promise.then(() => document.fonts.ready).then(String)"
+                )
+                page.pdf(path=to, prefer_css_page_size=True, print_background=True, **options)
+            finally:
+                whole.unlink()
 
-def make(site: Path, path: Path) -> None:
-    """Print a built site into a file."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    with served(site) as (address, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page()
-        page.set_default_timeout(300_000)
-        with tempfile.TemporaryDirectory() as folder:
-            draft = Path(folder) / NAME
-            print_once(page, site, address, draft, {})
-            print_once(page, site, address, path, first_pages(draft))
-        browser.close()
+        draft, whole = Path(folder) / "draft.pdf", Path(folder) / NAME
+        draw(draft, {})
+        draw(whole, first_pages(draft), tagged=True)
+        writer = PdfWriter(clone_from=whole)  # Chromium's own outline says each title twice
+        numbers = first_pages(whole)
+        for caption, chapters in listed:
+            part = None
+            for name, _ in chapters:
+                number = numbers[slug(name)] - 1
+                if part is None and caption:
+                    part = writer.add_outline_item(title=caption, page_number=number)
+                writer.add_outline_item(title=title_of(site, name), page_number=number, parent=part)
+        writer.write(path)
+    page.close()
 
 
 def main() -> None:
     """Print the book."""
     if not (SITE / f"{FIRST_PAGE}.html").is_file():
         sys.exit("there is no site to print: run make book")
-    make(SITE, SITE / NAME)
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        make(SITE, SITE / NAME, parts(), browser)
+        browser.close()
     print(f"{len(PdfReader(SITE / NAME).pages)} pages: {SITE / NAME}")
 
 

@@ -19,6 +19,7 @@ import reference
 import searching
 import speed
 from docutils import nodes
+from last_run import LastRun
 from notebooks import EVIDENCE, texts
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
@@ -144,6 +145,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     ledger_page.setup(app)
     searching.setup(app)
     speed.setup(app)
+    app.add_directive("last-run", LastRun)
     app.add_directive("source-notes", SourceNotes)
     app.add_directive("rooms", Rooms)
     app.add_directive("room", Room)

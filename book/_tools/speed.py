@@ -64,6 +64,9 @@ def slim(
             script = type(script)(script.filename, priority=script.priority, **attributes)
         scripts.append(script)
     context["script_files"] = scripts
+    whole = f'<a href="{app.config.html_baseurl}relubook.pdf">The whole book as one PDF</a>'
+    runs = f'<a href="{context["pathto"]("book/last-run")}">when everything was last run</a>'
+    context["theme_extra_footer"] = f"<p>{whole} · {runs}</p>"
 
 
 def shortened(text: str) -> str:
