@@ -35,7 +35,7 @@ def test_answer_figure_and_line_come_first_and_in_this_order(site, page):
 def test_each_figure_has_a_caption_from_its_cell(site, page):
     titles = [
         match[1]
-        for cell in cells((ROOT / f"{page}.md").read_text(encoding="utf-8"))
+        for cell in cells(ROOT / f"{page}.md")
         if cell.cell_type == "code" and (match := chapter_page.FIGURE.match(cell.source))
     ]
     text = html(site, page)
