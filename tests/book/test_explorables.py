@@ -27,6 +27,7 @@ PAGES = {
     "born-dead": [BORN],
     "the-map": [MAP],
     "bend-a-line": [BEND],
+    "take-the-largest": ["book/maxout"],
     "who-dies": [NORM],
     "on-off": [BEND],
 }
