@@ -201,7 +201,7 @@ def test_dead_counts_equal_diagnose(changes):
         for i in range(6):
             if run.diverged[i] >= 0 and step:
                 continue
-            report = diagnose(members[i], x.split(64), mode="eval")
+            report = diagnose(members[i].eval(), x.split(64))
             for layer, width in enumerate(recipe.hidden_widths):
                 dead = report[f"act{layer + 1}"].dead
                 share = run.dead[run.steps.index(step), i, layer].item()
