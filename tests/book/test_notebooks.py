@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 
@@ -293,10 +294,10 @@ class TestPipeline:
         before = path.read_bytes()
         self.edit(pair, "It is *silent*", "Then it is *silent*")
 
-        def full_disk(self, *_, **__):
+        def full_disk(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(Path, "replace", full_disk)
+        monkeypatch.setattr(os, "replace", full_disk)
         with pytest.raises(OSError, match="No space left"):
             notebooks.refresh(pair)
         assert path.read_bytes() == before
