@@ -18,7 +18,7 @@ ROOMS = {
     "chapters": {"layers", "units", "training", "evidence"},
 }
 CORE = ("layers", "units", "training")
-LINES = 6_900
+LINES = 7_500
 LINES_OF_A_FILE = 500
 LINES_OF_A_CHAPTER = {"regions.py": 330}  # 150 for any other
 

@@ -178,7 +178,6 @@ def add_assets(
 ) -> None:
     """Load the first page's styles and script there alone."""
     if page == app.config.root_doc or page == "book/intro":
-        app.add_css_file("verdicts.css")
         app.add_css_file("front.css")
         app.add_js_file("verdicts.js", loading_method="defer")
 

@@ -252,7 +252,6 @@ def add_assets(
 ) -> None:
     """Load the ledger's styles and script there alone."""
     if page == "book/claims":
-        app.add_css_file("verdicts.css")
         app.add_css_file("ledger.css")
         app.add_js_file("ledger.js", loading_method="defer")
 

@@ -1,0 +1,32 @@
+"""Each recipe runs as it stands on the page, after the page's first block."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "book" / "recipes.md"
+SECTIONS = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def blocks(section):
+    return re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+
+RECIPES = [
+    pytest.param(block, id=f"{section.splitlines()[0]}-{number}")
+    for section in SECTIONS[1:]
+    for number, block in enumerate(blocks(section))
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (first,) = blocks(SECTIONS[0])
+    assert len(recipe.splitlines()) <= 12
+    exec(compile(first + recipe, str(PAGE), "exec"), {"__name__": "recipe"})
+
+
+def test_every_heading_has_its_recipe():
+    assert all(len(section.split()) > 20 for section in SECTIONS)
