@@ -12,9 +12,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from traceback import walk_stack
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ class AmbiguousUnitsError(ValueError):
     """Nothing tells which dimension of a rectifier's input holds its units."""
 
 
-class Site(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Site:
     """One call of a rectifier, or of maxout, as :meth:`SiteFinder.observe` gets it."""
 
     key: tuple[Any, ...]  # its name without ``#k``, the way to the call, the layer that feeds it
@@ -47,6 +50,7 @@ class Site(NamedTuple):
     # for each.
     order: Tensor | None
     inputs: Tensor | None  # the number of the input of each element, if known
+    size: int  # how many inputs are in the batch
     data: bool  # whether what reaches it depends on the model's inputs
     producer: str | None  # as in a :class:`~relubook.units.report.SiteReport`
     location: str | None
@@ -54,21 +58,30 @@ class Site(NamedTuple):
     def per_unit(self, x: Tensor, reduction: str) -> Tensor:
         """Reduce a tensor of its input's shape to shape (units,): ``"amax"``, ``"sum"``, ..."""
         reduce = getattr(torch, reduction)
-        rest = [dim for dim in range(x.ndim) if dim not in self.dims]
-        x = (reduce(x, rest) if rest else x).reshape(-1)
+        if len(self.dims) == 1:
+            x = by_unit(x, self.dims[0] - x.ndim, reduce)
+        else:
+            rest = [dim for dim in range(x.ndim) if dim not in self.dims]
+            x = (reduce(x, rest) if rest else x).reshape(-1)
         if self.order is not None:
             x = reduce(x[self.order.to(x.device)].view(self.units, -1), 1)
         return x
 
-    def per_input(self, fires: Tensor, size: int) -> Tensor:
-        """Count over positions, for inputs numbered below ``size``: shape (size, units)."""
+    @cached_property
+    def rows(self) -> tuple[Tensor, list[int], bool]:
+        """Return the inputs as by ``core``, where they vary, and whether all go along that."""
         assert self.inputs is not None
         ids = core(self.inputs)
         dims = along(ids)
+        whole = torch.equal(ids.flatten(), torch.arange(self.size, device="cpu"))
+        return ids, dims, whole and self.order is None and set(dims).isdisjoint(self.dims)
+
+    def per_input(self, fires: Tensor) -> Tensor:
+        """Count over positions, for all inputs of the batch: shape (size, units)."""
+        size, (ids, dims, whole) = self.size, self.rows
         rest = [dim for dim in range(fires.ndim) if dim not in (*self.dims, *dims)]
         counts = fires.sum(rest, keepdim=True) if rest else fires
-        whole = torch.equal(ids.flatten(), torch.arange(size, device="cpu"))
-        if whole and self.order is None and set(dims).isdisjoint(self.dims):
+        if whole:
             return counts.permute(*dims, *self.dims, *rest).reshape(size, self.units)
         places = [length if dim in self.dims else 1 for dim, length in enumerate(fires.shape)]
         unit = torch.arange(math.prod(places), device="cpu")
@@ -77,6 +90,26 @@ class Site(NamedTuple):
         key = (ids * self.units + unit.view(places)).flatten().to(fires.device)
         table = torch.zeros(size * self.units, dtype=torch.int64, device=fires.device)
         return table.index_add_(0, key, counts.flatten().long()).view(size, self.units)
+
+
+def by_unit(x: Tensor, dim: int, reduce: Callable[..., Tensor] = torch.amax) -> Tensor:
+    """Reduce all dimensions but one, counted from the end and so negative."""
+    if x.ndim == 1:
+        return x
+    if x.ndim == 2 and dim == -1:
+        return reduce(x, 0)
+    if dim == 1 - x.ndim and x.ndim > 2 and x.is_contiguous():
+        # Reduce first along what is long enough to be fast.
+        if x[0, 0].numel() >= 64:
+            return reduce(reduce(x.flatten(2), -1), 0)
+        return reduce(reduce(x, 0).flatten(1), 1)
+    x = x.movedim(dim, -1)
+    units = x.shape[-1]
+    group = 64 // units
+    if group > 1 and x.is_contiguous() and x.numel() % (group * units) == 0:
+        # A reduction over narrow rows is slow.
+        x = reduce(x.view(-1, group * units), 0).view(group, units)
+    return reduce(x, list(range(x.ndim - 1)))
 
 
 def placed(units: Tensor, hint: int) -> tuple[int, tuple[int, ...], Tensor | None]:
@@ -254,12 +287,11 @@ class SiteFinder(TorchDispatchMode):
             if self._numbers.of(tensor) is None:
                 inside = data and -tensor.ndim <= dim < tensor.ndim
                 batched = inside and tensor.shape[dim] == self.batch_size
-                rows = numbered(tensor.shape, dim) if batched else None
-                self._numbers.tags[tensor] = Tag(None, rows, data)
+                self._numbers.enter_input(tensor, dim if batched else None, data)
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:
-            self._boundary = sys._getframe(1)
+            self._boundary = sys._getframe(2)  # behind the hook
         self._mark((args, kwargs), not self._stack)
         self._stack.append((name, self._found))
         self._numbers.running = name
@@ -354,7 +386,13 @@ class SiteFinder(TorchDispatchMode):
         if key not in self._ranks:
             self._bases[base] += 1
             self._ranks[key] = self._bases[base]
-        units, inputs = tag.units, tag.inputs
+        given = key, kind, tag, x.shape, self.batch_size
+        return self._numbers.step(given, lambda: self._placed(key, kind, tag, x, location))
+
+    def _placed(
+        self, key: tuple[Any, ...], kind: Kind, tag: Tag, x: Tensor, location: str | None
+    ) -> Site | None:
+        base, units, inputs = key[0], tag.units, tag.inputs
         raw = tag.reason == RAW and x.ndim == 2 and x.shape[self.batch_dim] == self.batch_size
         pattern, dim = self._override(base, f"{base}#{self._ranks[key]}")
         if kind.dim is not None and (pattern is None or dim is not None):
@@ -378,7 +416,7 @@ class SiteFinder(TorchDispatchMode):
         placing = placed(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
         producer = tag.layer.name if tag.near else None
         location = location if self._boundary is not None else None
-        return Site(key, kind, *placing, inputs, tag.data, producer, location)
+        return Site(key, kind, *placing, inputs, self.batch_size, tag.data, producer, location)
 
     def _base(self, running: str, shown: str) -> str:
         """Return the name of the running module, with the operator's unless that is its purpose."""
