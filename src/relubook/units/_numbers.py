@@ -60,9 +60,12 @@ def unit_dim(module: Any, output: Tensor) -> int:
 
 def core(numbers: Tensor) -> Tensor:
     """Return the numbers with size 1 along each dimension along which they do not vary."""
-    for dim in sorted(range(numbers.ndim), key=numbers.stride):  # cheap ones first
-        first = numbers.narrow(dim, 0, 1) if numbers.shape[dim] > 1 else numbers
-        if numbers.stride(dim) == 0 or bool((numbers == first).all()):
+    shape, strides = numbers.shape, numbers.stride()
+    sizes = [min(size, 1) if step == 0 else size for size, step in zip(shape, strides, strict=True)]
+    numbers = numbers.as_strided(sizes, strides)
+    for dim in [dim for dim, size in enumerate(sizes) if size > 1]:
+        first = numbers.narrow(dim, 0, 1)
+        if bool((numbers == first).all()):
             numbers = first
     return numbers
 
@@ -80,10 +83,9 @@ def fitted(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     if numbers is None or numbers.shape == tuple(shape):
         return numbers
     small = core(numbers)
-    try:
-        return small.expand(tuple(shape))
-    except RuntimeError:
-        return None
+    pairs = zip(reversed(small.shape), reversed(shape), strict=False)
+    fits = small.ndim <= len(shape) and all(old in (1, new) for old, new in pairs)
+    return small.expand(tuple(shape)) if fits else None  # an error in torch would take long
 
 
 def reshaped(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:

@@ -132,8 +132,10 @@ class _Counter(SiteFinder):
         """Return what was counted, by site."""
         for key, count in self.counts.items():
             count.nonfinite |= ~(count.peak.isfinite() & self._low[key].isfinite())
-        named = ({**vars(c), "name": self.name_of(key)} for key, c in self.counts.items())
-        return [SiteReport(**tree_map_only(Tensor, Tensor.cpu, fields)) for fields in named]
+            count.name = self.name_of(key)
+            for name, value in vars(count).items():
+                setattr(count, name, value.cpu() if isinstance(value, Tensor) else value)
+        return list(self.counts.values())
 
 
 def diagnose(
