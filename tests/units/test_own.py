@@ -1,13 +1,18 @@
 """Activations of the user's own, against brute force on each call's output."""
 
+import contextlib
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from relubook.layers.maxout import maxout
 from relubook.units.diagnosis import diagnose
+from relubook.units.watch import Watch
 
 ZERO = "silent where 0"
 
@@ -146,3 +151,198 @@ def test_functions(function, key):
     assert site.name == f"{key.__name__}()"
     assert site.location.startswith("test_own.py")
     assert sys.getprofile() is None
+
+
+def test_inside_another_activation_nothing_is_a_site():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.relu = JumpReLU(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return masked(maxout(self.relu(self.inner(x)), 1))
+
+    model, x = nn.Sequential(nn.Linear(5, 6), Outer()), torch.randn(7, 5)
+    rules = {Outer: ZERO, JumpReLU: ZERO, masked: ZERO}
+    with pytest.raises(ValueError, match="JumpReLU.*masked.*which the model did not call"):
+        diagnose(model, [x], activations=rules)
+    (site,) = diagnose(model, [x], activations={Outer: ZERO})
+    check(site, model(x))
+    report = diagnose(model, [x], activations={JumpReLU: ZERO, masked: ZERO})
+    names = ["1.inner", "1.relu", "1.maxout()", "1.masked()"]
+    assert [site.name for site in report] == names
+
+
+def test_a_rule_of_the_users_own():
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.Sigmoid()), torch.randn(40, 5)
+    site = diagnose(model, [x], activations={nn.Sigmoid: lambda out: out < 0.6})[0]
+    assert site.fired.tolist() == (model(x) >= 0.6).sum(0).tolist()
+    assert 0 < int(site.fired.sum()) < 240
+
+
+def test_smooth_ones_are_listed_with_their_family_only():
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Sigmoid()), torch.randn(40, 5)
+    report = diagnose(model, [x], activations={"2": "never silent"})
+    assert [site.name for site in report] == ["1"]
+    assert "Sigmoid (1 calls)" in repr(report)
+    site = diagnose(model, [x], activations={"2": "never silent"}, family="all")["2"]
+    torch.testing.assert_close(site.magnitude, model(x).double().sum(0))
+    assert not site.dead.any()
+
+
+def test_what_is_not_finite_is_no_silence():
+    model, x = nn.Sequential(nn.Identity(), Hides()), torch.randn(4, 3)
+    x[0] = torch.tensor([torch.nan, -torch.inf, -1.0])
+    forward = lambda model, x: model(x)  # noqa: E731
+    site = diagnose(model, [x], forward=forward, activations={Hides: ZERO}, count=len)[0]
+    assert site.nonfinite.tolist() == [True, True, False]
+
+
+class Hides(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    width=st.integers(1, 5),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    level=st.sampled_from([0.0, 0.4]),
+)
+def test_at_level_0_it_is_relu(width, sizes, level):
+    layer, act = nn.Linear(3, width), JumpReLU(width)
+    nn.init.constant_(act.threshold, level)
+    batches = [torch.randn(size, 2, 3) for size in sizes]
+    own = diagnose(nn.Sequential(layer, act), batches, activations={JumpReLU: ZERO})[0]
+    relu = diagnose(nn.Sequential(layer, nn.Threshold(level, 0.0)), batches)[0]
+    for name in ("fired", "fired_inputs", "peak", "state"):
+        assert torch.equal(getattr(own, name), getattr(relu, name))
+    assert (own.inputs, own.observations) == (relu.inputs, relu.observations)
+    assert (own.producer, own.unit_dim, own.shape) == (relu.producer, relu.unit_dim, relu.shape)
+
+
+@pytest.mark.parametrize(
+    ("activations", "error", "words"),
+    [
+        ([JumpReLU], TypeError, "must be a mapping, not a list"),
+        ({JumpReLU: "zero"}, ValueError, "'silent where 0' or 'never silent', or a function"),
+        ({JumpReLU: None}, ValueError, "'silent where 0'"),
+        ({torch.relu: ZERO}, TypeError, "built-in.*name a module"),
+        ({3: ZERO}, TypeError, "names 3: name a module"),
+        ({int: ZERO}, TypeError, "class 'int'.*name a module"),
+        ({"5": ZERO}, ValueError, "names .'5'.*which the model did not call"),
+        ({TopK(): ZERO}, ValueError, "TopK.*which the model did not call"),
+        ({masked: ZERO}, ValueError, "masked.*which the model did not call"),
+        ({JumpReLU: lambda out: out}, ValueError, r"JumpReLU must.*bool tensor.*\(4, 6\)"),
+        ({JumpReLU: lambda out: 0}, ValueError, "JumpReLU must return a bool tensor"),
+        ({JumpReLU: lambda out: out.any(1) > 0}, ValueError, "JumpReLU must return a bool"),
+        ({"0": lambda out: 1 / 0}, ZeroDivisionError, "division"),
+    ],
+)
+def test_bad_activations_leave_no_trace(activations, error, words):
+    model, x = nn.Sequential(nn.Linear(5, 6), JumpReLU(), nn.ReLU()), torch.randn(4, 5)
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        diagnose(model, [x], activations=activations)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sys.getprofile() is None
+    diagnose(model, [x])
+
+
+def test_what_returns_no_numbers_is_no_activation():
+    model, x = Calls(lambda x: positive(x) * x), torch.randn(4, 5)
+    with pytest.raises(TypeError, match=r"positive returned torch\.bool"):
+        diagnose(model, [x], activations={positive: ZERO})
+    assert sys.getprofile() is None
+
+
+def positive(x: Tensor) -> Tensor:
+    return x > 0
+
+
+def test_a_call_that_fails():
+    def fails(x: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    def forward(x: Tensor) -> Tensor:
+        with contextlib.suppress(ArithmeticError):
+            fails(x)
+        return masked(x)
+
+    model, x = Calls(forward), torch.randn(4, 5)
+    report = diagnose(model, [x], activations={fails: ZERO, masked: ZERO})
+    assert [site.name for site in report] == ["masked()"]
+    with pytest.raises(ArithmeticError):
+        diagnose(Calls(fails), [x], activations={fails: ZERO})
+    assert sys.getprofile() is None
+
+
+def test_a_profiler_of_the_user():
+    seen = []
+    sys.setprofile(lambda frame, event, arg: seen.append(frame))
+    try:
+        with pytest.raises(
+            RuntimeError, match="a running profiler hides: stop it, or name the mod"
+        ):
+            diagnose(Calls(masked), [torch.randn(4, 5)], activations={masked: ZERO})
+        before = len(seen)
+        model = nn.Sequential(nn.Linear(5, 6), JumpReLU())
+        diagnose(model, [torch.randn(4, 5)], activations={JumpReLU: ZERO})
+        assert len(seen) > before
+    finally:
+        sys.setprofile(None)
+
+
+# Watch
+
+
+@pytest.mark.parametrize(
+    ("key", "function"),
+    [
+        (JumpReLU, JumpReLU()),
+        (masked, masked),
+        (Step, lambda x: Step.apply(x, 0.1)),
+        (None, nn.Hardshrink(9.0)),
+    ],
+)
+def test_watch_reads_the_outputs(key, function):
+    model, rules = Calls(function), {key: ZERO} if key else None
+    with torch.no_grad():
+        model.fc.bias[:3] = -7.0
+    batches = [torch.randn(8, 3, 5) for _ in range(6)]
+    with Watch(model, window=3, activations=rules) as watch:
+        for step, batch in enumerate(batches):
+            model(batch)
+            if step == 2:
+                first = watch.compute()[0].dead
+                with torch.no_grad():
+                    model.fc.bias[:2] = 20.0
+    (site,) = watch.compute()
+    (expected,) = diagnose(model, batches[3:], activations=rules)
+    assert torch.equal(site.dead, expected.dead)
+    assert site.name == expected.name
+    out = model.function(model.fc(torch.cat(batches[3:]))).abs().amax((0, 1))
+    torch.testing.assert_close(site.peak, out)
+    assert first.tolist() == [True] * 3 + [key is None] * 3
+    assert [e.unit for e in watch.history if e.kind == "revival"] == [0, 1]
+
+
+def test_watch_says_what_it_cannot_read():
+    model, x = Calls(lambda x: masked(x) + 1), torch.randn(8, 5)
+    with (
+        pytest.warns(UserWarning, match=r"cannot follow 0\.masked\(\): no module gets"),
+        Watch(
+            nn.Sequential(model, nn.Linear(2, 2), nn.ReLU()), activations={masked: ZERO}
+        ) as watch,
+    ):
+        watch._model(x)
+    assert watch.unfollowed == ["0.masked()"]
+    with pytest.raises(ValueError, match="'silent where 0' or"):
+        Watch(model, activations={masked: 0})
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
+    with (
+        pytest.warns(UserWarning, match="JumpReLU: activations names them"),
+        Watch(model, activations={JumpReLU: ZERO}),
+    ):
+        model(x)
