@@ -225,11 +225,11 @@ def test_at_level_0_it_is_relu(width, sizes, level):
     ("activations", "error", "words"),
     [
         ([JumpReLU], TypeError, "must be a mapping, not a list"),
-        ({JumpReLU: "zero"}, ValueError, "'silent where 0' or 'never silent', or a function"),
+        ({JumpReLU: "zero"}, ValueError, "must be in .*never silent.*or a function of the output"),
         ({JumpReLU: None}, ValueError, "'silent where 0'"),
-        ({torch.relu: ZERO}, TypeError, "built-in.*name a module"),
-        ({3: ZERO}, TypeError, "names 3: name a module"),
-        ({int: ZERO}, TypeError, "class 'int'.*name a module"),
+        ({torch.relu: ZERO}, TypeError, "built-in.*none of: a module"),
+        ({3: ZERO}, TypeError, "names 3, which is none of: a module"),
+        ({int: ZERO}, TypeError, "class 'int'.*none of: a module"),
         ({"5": ZERO}, ValueError, "names .'5'.*which the model did not call"),
         ({TopK(): ZERO}, ValueError, "TopK.*which the model did not call"),
         ({masked: ZERO}, ValueError, "masked.*which the model did not call"),
@@ -294,6 +294,108 @@ def test_a_profiler_of_the_user():
         sys.setprofile(None)
 
 
+# The models of transformers
+
+
+def small(kind, **options):
+    """Return a small language model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, **options,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def generate(model, batch):
+    model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+def by_hooks(model, kind, batches, run):
+    """Count on how many tokens each output of the modules of a kind is not 0."""
+    counts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(
+                lambda module, args, out, name=name: counts.setdefault(name, []).append(
+                    (out.detach() != 0).flatten(0, -2).long()
+                )
+            )
+    with torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    return {name: torch.cat(fires) for name, fires in counts.items()}
+
+
+def tokens(*sizes):
+    batches = [torch.randint(3, 50, (size, 6)) for size in sizes]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("run", [lambda model, batch: model(**batch), generate])
+@pytest.mark.parametrize("kind", [JumpReLU, TopK, nn.ReLU])
+def test_own_activations_of_a_language_model(kind, run):
+    model = small("OPT", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32).eval()
+    for layer in model.model.decoder.layers:
+        layer.activation_fn = JumpReLU(24) if kind is JumpReLU else kind()
+    batches = tokens(3, 2)
+    rules = {kind: ZERO} if kind is not nn.ReLU else None
+    report = diagnose(model, batches, forward=run, activations=rules)
+    expected = by_hooks(model, kind, batches, run)
+    assert len(expected) == 2
+    assert [site.name for site in report] == list(expected)
+    for site in report:
+        assert site.fired.tolist() == expected[site.name].sum(0).tolist()
+        assert (site.inputs, site.observations) == (5, len(expected[site.name]))
+        assert site.calls == (8 if run is generate else 2)
+        assert site.producer.endswith("fc1")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+def test_layers_in_chunks_and_shared_layers(kind):
+    transformers = pytest.importorskip("transformers")
+    config, model = {
+        "bert": (transformers.BertConfig, transformers.BertModel),
+        "albert": (transformers.AlbertConfig, transformers.AlbertModel),
+    }[kind]
+    options = {"embedding_size": 8} if kind == "albert" else {"chunk_size_feed_forward": 2}
+    model = model(
+        config(
+            vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+            intermediate_size=24, hidden_act="relu", **options,
+        )
+    ).eval()  # fmt: skip
+    batches, run = tokens(3, 2), lambda model, batch: model(**batch)
+    report = diagnose(model, batches)
+    expected = by_hooks(model, nn.ReLU, batches, run)
+    assert [site.name for site in report] == list(expected)
+    assert len(report) == (1 if kind == "albert" else 3)
+    for site in report:
+        assert site.fired.tolist() == expected[site.name].sum(0).tolist()
+        assert (site.inputs, site.calls) == (5, 2 * 3)
+        assert site.observations == 30 * (3 if kind == "albert" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["NewGELUActivation", "QuickGELUActivation"])
+def test_smooth_activations_of_transformers(name):
+    activations = pytest.importorskip("transformers.activations")
+    kind = getattr(activations, name)
+    model, x = nn.Sequential(nn.Linear(5, 6), kind()), torch.randn(9, 5)
+    with torch.no_grad():
+        model[0].bias[2] = -200.0
+    rules = {kind: "never silent"}
+    site = diagnose(model, [x], activations=rules, family="all")["1"]
+    assert site.kind == name
+    torch.testing.assert_close(site.magnitude, model(x).abs().double().sum(0))
+    assert site.dormant.tolist() == [False, False, True, False, False, False]
+
+
 # Watch
 
 
@@ -338,7 +440,7 @@ def test_watch_says_what_it_cannot_read():
     ):
         watch._model(x)
     assert watch.unfollowed == ["0.masked()"]
-    with pytest.raises(ValueError, match="'silent where 0' or"):
+    with pytest.raises(ValueError, match="must be in"):
         Watch(model, activations={masked: 0})
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
     with (
