@@ -318,7 +318,8 @@ def unclear(sites: Mapping[str, str]) -> str:
     example = next(iter(sites), "")
     return (
         f"cannot tell along which dimension the units lie:{listed}\n"
-        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape), or None to leave a site out"
+        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape; None to leave the site out; "
+        "a pattern such as 'decoder.*' for many)"
     )
 
 
