@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from relubook.units._site import by_unit
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
-from relubook.units.sites import by_unit
 from relubook.units.watch import Event, Watch
 
 sum_is_left_out = pytest.mark.filterwarnings(r"ignore:Watch. hooks cannot follow relu\(\)#2")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from relubook.units.sites import Site, SiteFinder, by_unit
+from relubook.units._site import Site, by_unit
+from relubook.units.sites import SiteFinder
 
 Place = tuple[str, bool]
 """The input of a module, by its name, or (if true) its output."""
