@@ -68,14 +68,14 @@ class Reader(Hook):
         way = self.ways.get(1 if self.loop else self.count)
         if way is None:
             return
-        x, peak = output[0] if output else args[0] if args else None, self.site.peak
+        x, site = output[0] if output else args[0] if args else None, self.site
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
             self.strange = True
         elif x.numel():
             x = x.detach()
-            if self.site.fires is not None:
-                x = x.abs() * self.site.fires(x, x)
-            torch.maximum(peak, by_unit(x, way), out=peak)
+            if site.fires is not None:
+                x = x.abs() * site.fires(x, x)
+            torch.maximum(site.peak, by_unit(x, way), out=site.peak)
 
     def usual(self) -> bool:
         """End a pass: tell whether it called the module as the audit's did, or not at all."""

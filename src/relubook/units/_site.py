@@ -69,11 +69,12 @@ class Site:
 
 def by_unit(x: Tensor, dim: int, reduce: Callable[..., Tensor] = torch.amax) -> Tensor:
     """Reduce all dimensions but one, counted from the end and so negative."""
-    if x.ndim == 1:
-        return x
-    if x.ndim == 2 and dim == -1:
+    ndim = x.ndim
+    if ndim == 2 and dim == -1:
         return reduce(x, 0)
-    if dim == 1 - x.ndim and x.ndim > 2 and x.is_contiguous():
+    if ndim == 1:
+        return x
+    if dim == 1 - ndim and ndim > 2 and x.is_contiguous():
         # Reduce first along what is long enough to be fast.
         if x[0, 0].numel() >= 64:
             return reduce(reduce(x.flatten(2), -1), 0)
