@@ -228,7 +228,9 @@ class Watch:
             return
         self._seen = True
         if strange:
-            self._leave_out(strange, "called more or less often than in the audit, or in other ways")
+            self._leave_out(
+                strange, "called more or less often than in the audit, or in other ways"
+            )
         if self.optimizer is None:
             self._count_step()
 
