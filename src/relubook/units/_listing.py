@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any, Generic, Self, TypeVar
@@ -42,7 +42,8 @@ class SiteListing(Generic[S]):
         """
         fits = keep if callable(keep) else lambda site: fnmatchcase(site.name, keep)
         sites = [site for site in self.sites if fits(site)]
-        return self._of(sites if sites or callable(keep) else [self[keep]])
+        sites = sites if sites or callable(keep) else [self[keep]]
+        return replace(self, sites=sites)  # type: ignore[type-var]
 
     def sorted(self, by: str | Callable[[S], Any]) -> Self:
         """Return a listing of the sites by falling value; ValueError if that is no number.
@@ -55,12 +56,8 @@ class SiteListing(Generic[S]):
             numbers = {s.name: float(torch.as_tensor(value(s)).double().mean()) for s in self.sites}
         except (AttributeError, RuntimeError, TypeError) as error:
             raise ValueError(f"by={by!r} gives no number; 'dead' would, or 'units'") from error
-        return self._of(sorted(self.sites, key=lambda site: -numbers[site.name]))
-
-    def _of(self, sites: list[S]) -> Self:
-        other = copy(self)
-        vars(other)["sites"] = sites
-        return other
+        sites = sorted(self.sites, key=lambda site: -numbers[site.name])
+        return replace(self, sites=sites)  # type: ignore[type-var]
 
 
 class UnitListing(SiteListing[S]):

@@ -2,18 +2,17 @@
 
 from html import escape
 
-from relubook.units.report import STATES, Report, places
+from relubook.units.report import STATES, Report
 
 HEAD = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{0}</title><style>
 :root {{ color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; }}
 body {{ max-width: 60rem; margin: auto; padding: 1rem; overflow-wrap: anywhere; }}
-div {{ overflow-x: auto; }}
+div {{ overflow-x: auto; }} summary {{ margin-top: .8rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #888; text-align: right; }}
 :is(th, td):nth-child(-n + 2) {{ text-align: left; }}
-summary {{ margin-top: .8rem; }}
 i {{ display: inline-block; height: .8rem; width: 100%; outline: 1px solid; }}
 </style><main><h1>{0}</h1>
 """
@@ -29,7 +28,7 @@ def page(report: Report, title: str) -> str:
         place = f"shape {site.shape}" + f", {site.location}" * bool(site.location)
         lines.append(f"<details>{head}<ul><li>{escape(place)}</li>")
         for k, state in enumerate(STATES):
-            units = ", ".join(map(str, places(site.state == k)))
+            units = ", ".join(map(str, (site.state == k).nonzero().flatten().tolist()))
             lines += [f"<li>{state}: {units}</li>"] * bool(units and state != "mixed")
         lines.append("</ul></details>")
     return "\n".join([*lines, "</main></html>\n"])

@@ -245,13 +245,9 @@ class Report(UnitListing[SiteReport]):
         sites: dict[str, SiteReport] = {}
         for site in (site for report in reports for site in report):
             sites[site.name] = _sum(sites[site.name], site) if site.name in sites else site
-        return Report(
-            list(sites.values()),
-            sum(report.inputs for report in reports),
-            sum(report.batches for report in reports),
-            list(dict.fromkeys(note for report in reports for note in report.notes)),
-            self.example,
-        )
+        notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+        total = {name: sum(getattr(r, name) for r in reports) for name in ("inputs", "batches")}
+        return replace(self, sites=list(sites.values()), notes=notes, **total)
 
     def diff(self, later: "Report") -> "ReportDiff":
         """Return what changed from this report to a later one; TypeError for what is no report."""
@@ -259,8 +255,8 @@ class Report(UnitListing[SiteReport]):
         both = {key[0]: (old[key], site) for key, site in new.items() if key in old}
         return ReportDiff(
             {name: b.rate - a.rate for name, (a, b) in both.items()},
-            {name: places(b.dead & ~a.dead) for name, (a, b) in both.items()},
-            {name: places(a.dead & (b.fired > 0)) for name, (a, b) in both.items()},
+            {name: b.dead & ~a.dead for name, (a, b) in both.items()},
+            {name: a.dead & (b.fired > 0) for name, (a, b) in both.items()},
             [key[0] for key in new if key not in old],
             [key[0] for key in old if key not in new],
         )
@@ -350,31 +346,28 @@ class ReportDiff:
 
     Attributes:
         change: Change of each unit's ``rate``, ``float64``, shape (units,), in the later order.
-        newly_dead, revived: Units that are dead and were not; that were dead and fire again.
+        newly_dead, revived: Units dead now only; dead before and firing again: ``bool``, (units,).
         appeared, disappeared: Sites in one report only, or with another kind or number of units.
     """
 
     change: dict[str, Tensor]
-    newly_dead: dict[str, list[int]]
-    revived: dict[str, list[int]]
+    newly_dead: dict[str, Tensor]
+    revived: dict[str, Tensor]
     appeared: list[str]
     disappeared: list[str]
 
     def __repr__(self) -> str:
         rows, found = [["site", "units", "newly dead", "revived", "largest change of rate"]], []
         for name, change in self.change.items():
-            sets = {"newly dead": self.newly_dead[name], "revived": self.revived[name]}
-            found += [f"{name}, {what}: {units}" for what, units in sets.items() if units]
-            counts = [f"{count:,}" for count in (len(change), *map(len, sets.values()))]
-            rows.append([name, *counts, f"{max(change.tolist(), key=abs, default=0.0):+.3f}"])
+            rows.append([name, f"{len(change):,}"])
+            for what, masks in (("newly dead", self.newly_dead), ("revived", self.revived)):
+                units = masks[name].nonzero().flatten().tolist()
+                rows[-1].append(f"{len(units):,}")
+                found += [f"{name}, {what}: {units}"] * bool(units)
+            rows[-1].append(f"{max(change.tolist(), key=abs, default=0.0):+.3f}")
         found += [f"appeared: {', '.join(self.appeared)}"] * bool(self.appeared)
         found += [f"disappeared: {', '.join(self.disappeared)}"] * bool(self.disappeared)
         return "\n".join([*plain_table(rows), *found])
-
-
-def places(mask: Tensor) -> list[int]:
-    """Return where a mask of units is true."""
-    return mask.nonzero().flatten().tolist()
 
 
 def _checked(report: Report) -> Report:
