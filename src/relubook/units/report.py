@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from relubook._optional import require
 from relubook.units._kinds import PIECE
+from relubook.units.risk import advice, near_cliff
 
 __all__ = ["RARE", "STATES", "Report", "SiteReport", "silence_bound"]
 
@@ -240,6 +241,15 @@ class SiteReport:
         return self.state == STATES.index("always on")
 
     @property
+    def at_risk(self) -> Tensor:
+        """Living units that are rare or in the tenth with the lowest peaks, ``bool``, (units,).
+
+        At the edge of usable rates they die twice as often as others (claim tool-rare-are-next).
+        """
+        living = ~(self.dead | self.nonfinite) & self.silences
+        return living & self.rare | near_cliff(self.peak, living)
+
+    @property
     def never_wins(self) -> Tensor:
         """Pieces of maxout that won on no observation, ``bool``, shape (units,)."""
         return self.state == STATES.index("never wins")
@@ -303,13 +313,14 @@ class Report(UnitListing[SiteReport]):
         """Return a ``pandas.DataFrame`` with one row per unit.
 
         Its columns are ``site, kind, producer, unit, state, fired, observations, rate, inputs,
-        fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
+        fired_inputs, peak, upper_bound, score`` (NaN where it was not asked for) and ``at_risk``.
         """
         pandas = require("pandas", "tables of results")
         names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
         frames = []
         for site in self.sites:
             cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
+            cells["at_risk"] = site.at_risk
             frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
             frame.insert(0, "site", site.name)
             frame.insert(3, "unit", range(site.units))
@@ -369,4 +380,4 @@ class Report(UnitListing[SiteReport]):
                     f"{total:,} {words} on n = {fewest:,} independent inputs bounds a {whose} rate "
                     f"by {silence_bound(fewest):.2%} (95%)."
                 )
-        return remarks + self.notes
+        return [*remarks, *advice(self), *self.notes]

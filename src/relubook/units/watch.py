@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from relubook.units._readings import Audit, Followed, Hook, Reader
 from relubook.units.diagnosis import unclear
 from relubook.units.report import UnitListing
+from relubook.units.risk import advice, near_cliff
 from relubook.units.sites import AmbiguousUnitsError, tensors_in, unwrapped
 
 __all__ = ["Event", "Watch", "WatchReport", "WatchedSite"]
@@ -40,11 +41,13 @@ class WatchedSite:
 
     ``dead`` (``bool``) and ``peak`` have shape (units,): silent throughout the window, and largest
     pre-activation of it, ``-inf`` if the site was not reached, whose units then stay as they were.
+    ``born_dead``: silent since watching began.
     """
 
     name: str
     dead: Tensor
     peak: Tensor
+    born_dead: Tensor
     silences = True
     noun = "units"
 
@@ -52,6 +55,11 @@ class WatchedSite:
     def nonfinite(self) -> Tensor:
         """``bool``, shape (units,): the peak was NaN or infinity. NaN is not silence."""
         return self.peak.isnan() | (self.peak == torch.inf)
+
+    @property
+    def at_risk(self) -> Tensor:
+        """The tenth of the living units, rounded up, with the lowest peaks: ``bool``, (units,)."""
+        return near_cliff(self.peak, ~(self.dead | self.nonfinite | (self.peak == -torch.inf)))
 
     @property
     def units(self) -> int:
@@ -79,7 +87,7 @@ class WatchReport(UnitListing[WatchedSite]):
     def _remarks(self) -> list[str]:
         steps = f"Steps {self.step - self.window + 1} to {self.step}, n = {self.inputs:,} inputs."
         unfollowed = [f"Not followed: {', '.join(self.unfollowed)}."] * bool(self.unfollowed)
-        return [steps, *super()._remarks(), *unfollowed]
+        return [steps, *super()._remarks(), *advice(self), *unfollowed]
 
 
 class Watch:
@@ -252,7 +260,7 @@ class Watch:
             site.name = audit.name_of(key)
             old = self._sites.get(site.name, site)  # from an earlier with block
             if old.peak.shape == site.peak.shape:
-                site.peak, site.dead = old.peak, old.dead
+                site.peak, site.dead, site.born_dead = old.peak, old.dead, old.born_dead
             self._sites[site.name] = site
             for place in site.ways:
                 reader = Reader(self, site, place, audit)
@@ -309,8 +317,8 @@ class Watch:
             for kind, units in (("death", dead & ~site.dead), ("revival", site.dead & ~dead)):
                 for unit in units.nonzero().flatten().tolist():
                     events.append(Event(first, self.step, site.name, unit, kind))
-            site.dead = dead
-            states.append(WatchedSite(site.name, dead, peak.float()))
+            site.dead, site.born_dead = dead, dead & site.born_dead
+            states.append(WatchedSite(site.name, dead, peak.float(), site.born_dead))
             site.peak.fill_(-torch.inf)
         self.history = [*self.history, *events]
         unfollowed = list(self.unfollowed)
