@@ -23,7 +23,7 @@ from relubook.training.train import train
 from relubook.units.diagnosis import diagnose
 from relubook.units.report import Report, SiteReport
 from relubook.units.risk import ADVICE, MANY, OFF_CENTER, off_center
-from relubook.units.watch import Watch
+from relubook.units.watch import Watch, WatchedSite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,11 +121,11 @@ def model_with(*rates: float, inputs: int = 1000) -> tuple[nn.Module, Tensor]:
 
 
 def test_units_at_risk_are_rare_or_of_low_peak():
-    model, z = model_with(0, 0.5, 0.6, 0.005, *[0.5] * 17)  # 20 living units: the tenth are two
+    model, z = model_with(0, 0.5, 0.6, *[0.5] * 18, 0.005)  # 21 living units: the tenth are three
     (site,) = diagnose(model, [z])
-    assert site.at_risk.nonzero().flatten().tolist() == [1, 2, 3]
+    assert site.at_risk.nonzero().flatten().tolist() == [1, 2, 3, 21]
     site.nonfinite[1] = True
-    assert site.at_risk.nonzero().flatten().tolist() == [2, 3]
+    assert site.at_risk.nonzero().flatten().tolist() == [2, 3, 21]
     assert not diagnose(model_with(0, 0)[0], [z[:, :2] * 0 - 1])[0].at_risk.any()
     leaky = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU())
     assert not diagnose(leaky, torch.randn(9, 3), family="all")[0].at_risk.any()
@@ -142,6 +142,8 @@ def test_a_watched_site_knows_who_is_at_risk_and_who_was_dead_from_the_start():
     assert site.at_risk.nonzero().flatten().tolist() == [1]
     text = repr(watch.compute())
     assert "ADVICE from Dead before the first step: silent since watching began: 1." in text
+    unreached = WatchedSite("1", site.dead, torch.full((12,), -torch.inf), site.dead)
+    assert not unreached.at_risk.any()
     with Watch(model, window=1) as alive:
         model(z.abs())
     assert "ADVICE" not in repr(alive.compute())
@@ -214,6 +216,15 @@ def test_advice_follows_what_was_found(rates, shift, claims):
     assert report.to_frame().at_risk.sum() == report[0].at_risk.sum()
 
 
+def test_a_dead_layer_is_worse_than_a_few_dead_units():
+    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2), nn.ReLU())
+    with torch.no_grad():
+        model[2].bias.fill_(-99)
+    report = diagnose(model, torch.randn(64, 3))
+    assert report.dead_fraction < MANY
+    assert "tool-revive-recovers" in advised(report)
+
+
 def test_overflow_gets_advice():
     model, z = model_with(0.5, 0.5)
     with torch.no_grad():
@@ -232,6 +243,7 @@ def test_no_advice_on_data_that_cannot_be_told():
         diagnose(model, [x], forward=lambda net, batch: net(batch)),
         diagnose(model, [x.view(2, 32, 3)], batch_dim=1, unit_dim=2),
         diagnose(model, [x[:, None].expand(64, 7, 3)], batch_dim=1, unit_dim=2),
+        diagnose(model, [x[:40, None].expand(40, 10, 3)] * 10, batch_dim=1, unit_dim=2),
     ):
         assert "spine-centering" not in advised(report)
     report = diagnose(model, [x])
