@@ -18,6 +18,7 @@ import relubook
 from relubook.evidence.claims import ledger
 from relubook.evidence.data import dataset
 from relubook.evidence.statistics import seeds
+from relubook.layers.maxout import Maxout
 from relubook.training.recipe import Recipe
 from relubook.training.train import train
 from relubook.units.diagnosis import diagnose
@@ -127,6 +128,10 @@ def test_units_at_risk_are_rare_or_of_low_peak():
     site.nonfinite[1] = True
     assert site.at_risk.nonzero().flatten().tolist() == [2, 3, 21]
     assert not diagnose(model_with(0, 0)[0], [z[:, :2] * 0 - 1])[0].at_risk.any()
+    pieces = diagnose(Maxout(3, 40, pieces=5), torch.randn(200, 3))
+    assert pieces[0].rare.any()
+    assert not pieces[0].at_risk.any()
+    assert advised(pieces) == []
     leaky = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU())
     assert not diagnose(leaky, torch.randn(9, 3), family="all")[0].at_risk.any()
 
@@ -247,6 +252,7 @@ def test_no_advice_on_data_that_cannot_be_told():
     ):
         assert "spine-centering" not in advised(report)
     report = diagnose(model, [x])
+    assert advised(report.filter(lambda site: False)) == []
     x[0] = torch.nan
     assert "spine-centering" not in advised(report)
 

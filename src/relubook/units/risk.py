@@ -80,19 +80,20 @@ def advice(report: Any) -> list[str]:
     """Return what the book advises on what a report of ``diagnose`` or ``Watch`` found."""
 
     def total(state: str) -> int:
-        return sum(int(getattr(s, state).sum()) for s in report if hasattr(s, state))
+        sites = (site for site in report if site.silences and hasattr(site, state))
+        return sum(int(getattr(site, state).sum()) for site in sites)
 
     x: Any = getattr(report, "example", None)
     shaped = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1
     batched = shaped and 32 <= len(x) <= report.inputs <= len(x) * report.batches
     batched = batched and len(x) * (report.batches - 1) < report.inputs  # its first dimension
-    hit = batched and bool(x.isfinite().all() and (report[0].dead | report[0].rare).any())
-    off, dead = off_center(x) if hit else 0, report.dead_fraction
+    batched = batched and bool(x.isfinite().all())  # what it holds may have changed since
+    off, dead, rare = off_center(x) if batched else 0, report.dead_fraction, total("rare")
     many = dead > MANY or bool(report.dead_layers)
     found = {
-        "spine-centering": off if off >= OFF_CENTER else 0,
+        "spine-centering": off if off >= OFF_CENTER and (dead or rare) else 0,
         "spine-centered-born-alive": total("born_dead"),
-        "tool-rare-are-next": total("rare"),
+        "tool-rare-are-next": rare,
         "spine-no-cost-at-best": not many and dead,
         "tool-revive-recovers": many,
         "spine-bound-decides": total("nonfinite"),
