@@ -1,16 +1,19 @@
 """Find out where in a model hooks can read what each site gets, and read its peaks there."""
 
 import contextlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from relubook.units._kinds import Kind
 from relubook.units.sites import Site, SiteFinder
 
 Place = tuple[str, bool]
@@ -29,6 +32,7 @@ class Followed:
     # units in the tensor, counted from the end.
     ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False  # whether a call was fed from where no hook sees it
+    by_output: Kind | None = None  # if only the output tells, which is then read instead
 
 
 def channel_peak(x: Tensor, dim: int) -> Tensor:
@@ -92,7 +96,10 @@ class Reader(Hook):
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
             self.strange = True
         elif x.numel():
-            torch.maximum(peak, channel_peak(x.detach(), way), out=peak)
+            x = x.detach()
+            if (kind := self.site.by_output) is not None:
+                x = x.abs() * kind.fires(x, x)
+            torch.maximum(peak, channel_peak(x, way), out=peak)
 
     def usual(self) -> bool:
         """End a pass: tell whether it called the module as the audit's did, or not at all."""
@@ -114,6 +121,7 @@ class Audit(SiteFinder):
         self.found: dict[Any, Followed] = {}  # by key, in the order of their first calls
         self.counts: Counter[Place] = Counter()  # how often each place was passed
         self._seen: dict[int, list[tuple[Place, int, Tensor, int]]] = defaultdict(list)
+        self._awaited: dict[int, list[tuple[Site, Tensor, int]]] = defaultdict(list)  # outputs
 
     def run(self, module: nn.Module, batch_size: int, args: Any, kwargs: Any) -> None:
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
@@ -126,9 +134,12 @@ class Audit(SiteFinder):
                 self.begin(batch_size, (args, kwargs))
                 with self:
                     module(*args, **kwargs)
+            for site, _, _ in chain(*self._awaited.values()):
+                self.found[site.key].unread = True
         finally:
             Audit.running = False
             self._seen.clear()
+            self._awaited.clear()
 
     def attach(self) -> None:
         """Register the hooks, those of all places too."""
@@ -147,6 +158,9 @@ class Audit(SiteFinder):
         x = output[0] if output else args[0] if args else None
         if isinstance(x, Tensor):
             self._seen[_address(x)].append((place, self.counts[place], x, x._version))
+            for site, out, version in self._awaited.pop(_address(x), []):
+                way = _way(site, out, x) if x._version == version else None
+                self._read(site, place, self.counts[place], way)
 
     def before(self, site: Site, x: Tensor) -> None:
         """Note a call of a site, and the latest place that saw its input as it is now."""
@@ -156,14 +170,28 @@ class Audit(SiteFinder):
             wide = x.dtype if x.dtype == torch.float64 else torch.float32
             peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
             dead = torch.zeros(site.units, dtype=torch.bool, device="cpu")
-            self.found[site.key] = Followed(site.kind.level, peak, dead)
-        followed = self.found[site.key]
+            kind = site.kind if site.kind.level == -math.inf else None
+            level = site.kind.level if kind is None else 0.0
+            self.found[site.key] = Followed(level, peak, dead, by_output=kind)
+        if site.kind.level == -math.inf:
+            return None  # its output will be seen later
         for place, call, seen, version in reversed(self._seen[_address(x)]):
             way = _way(site, x, seen) if x._version == version else None
             if way is not None:
-                followed.ways[place][call] = way
-                return
-        followed.unread = True
+                return self._read(site, place, call, way)
+        self.found[site.key].unread = True
+
+    def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
+        """Wait for a place that sees an output which alone tells whether the site is silent."""
+        if site.kind.level == -math.inf:
+            self._awaited[_address(out)].append((site, out, out._version))
+
+    def _read(self, site: Site, place: Place, call: int, way: int | None) -> None:
+        followed = self.found[site.key]
+        if way is None:
+            followed.unread = True
+        else:
+            followed.ways[place][call] = way
 
 
 def _address(x: Tensor) -> int:

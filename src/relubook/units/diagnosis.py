@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
+from relubook.units._kinds import Activations
 from relubook.units._numbers import core
 from relubook.units.report import Report, SiteReport, silence_bound
 from relubook.units.sites import AmbiguousUnitsError, Site, SiteFinder, tensors_in, unwrapped
@@ -41,11 +42,6 @@ class _Counter(SiteFinder):
         if site.key not in self.counts:
             self.counts[site.key] = self._fresh(site, x)
         count = self.counts[site.key]
-        if count.units != site.units:
-            raise ValueError(
-                f"{self.name_of(site.key)} had {count.units} units before and has {site.units} now "
-                f"(shape {tuple(x.shape)}): say along which dimension they lie by unit_dim"
-            )
         count.calls += 1
         if site.key not in self._now:
             reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
@@ -100,6 +96,9 @@ class _Counter(SiteFinder):
 
     def end(self) -> None:
         """Close the pass over one batch."""
+        for key in self.counts.keys() & self._unplaced.keys():  # its units changed their number
+            del self.counts[key]
+            self._now.pop(key, None)
         for key, now in self._now.items():
             count = self.counts[key]
             count.observations += now.seen
@@ -129,6 +128,7 @@ def diagnose(
     family: Literal["rectifiers", "all"] = "rectifiers",
     unit_dim: int | Mapping[str, int | None] | None = None,
     batch_dim: int = 0,
+    activations: Activations = None,
 ) -> Report:
     """Count on how many inputs each unit of each rectifier fires, in one pass over the data.
 
@@ -140,10 +140,12 @@ def diagnose(
     ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
     lower limit of 0, hardswish, hardsigmoid, hardshrink, softshrink; also inside ``nn.RNN``,
     ``nn.TransformerEncoderLayer``, ``autograd.Function``, and scripted, checkpointed and compiled
-    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other.
+    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other: name
+    the module or function that computes it in ``activations``.
 
-    A site is one place in the code fed by one layer; its calls in a loop, such as the time steps of
-    a cell, count as positions. Its *name* is the module's, ``"layer1.0.relu"``, with the operator
+    A site is one place in the code fed by one layer, whose calls count as positions: those in a
+    loop, such as the time steps of a cell, and those of a shared module that holds both layer and
+    place, whoever calls it. Its *name* is the module's, ``"layer1.0.relu"``, with the operator
     where a module calls a function, ``"layer1.0.relu()"``, and ``#1``, ``#2`` and so on if others
     have the same; inside ``nn.RNN`` it is like its weights', ``"rnn.l0"``, ``"rnn.l1_reverse"``.
 
@@ -172,6 +174,14 @@ def diagnose(
             or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
             a site out.
         batch_dim: Dimension of the inputs along which they are batched.
+        activations: A mapping from activations of your own to ``"silent where 0"``, or to a
+            function that gets the output and returns a bool tensor of its shape, true where units
+            are silent; with ``"never silent"``, such as a GELU of its own, for ``family="all"``
+            only. Named are modules, by class, instance, name or pattern of names, and Python
+            functions (told by their code) and ``autograd.Function``, where the model calls them.
+            Each call is a site of its name; rectifiers inside are part of it. Its units are its
+            input's, and ``peak`` its largest input, if that has the output's shape; else (a gate of
+            half the width, a module with a layer inside) both are its output's.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
@@ -179,11 +189,14 @@ def diagnose(
 
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
-            inputs and targets, or holds a key that the model does not take.
+            inputs and targets, or holds a key that the model does not take; if ``activations``
+            names what is none.
         ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
             ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
-            was called, nor maxout; if ``unit_dim`` names no site or no dimension; or if a parameter
-            has no values yet.
+            was called, nor maxout; if ``unit_dim`` names no site or no dimension, or
+            ``activations`` what was not called or no known rule; or if a parameter has no values
+            yet.
+        RuntimeError: If ``activations`` names a function while a profiler follows all functions.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
 
@@ -204,7 +217,8 @@ def diagnose(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
-    counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
+    options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
+    counter = _Counter(model, smooth=family == "all", activations=activations, **options)
     inner = unwrapped(model)
     call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
@@ -321,6 +335,8 @@ def _notes(counter: _Counter) -> list[str]:
     if unknown := [name for name in given if name not in counter.used_overrides]:
         sites = ", ".join(names) or "none"
         raise ValueError(f"unit_dim names {unknown}, which the model did not call; sites: {sites}")
+    if counter.uncalled:
+        raise ValueError(f"activations names {counter.uncalled}, which the model did not call")
     notes = [f"SKIPPED: {unclear(counter.ambiguous)}."] * bool(counter.ambiguous)
     notes += counter.notes
     if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relubook.units._kinds import Activations, own_kinds
 from relubook.units._readings import Audit, Followed, Hook, Reader
 from relubook.units.diagnosis import unclear
 from relubook.units.report import UnitListing
@@ -114,7 +115,8 @@ class Watch:
         model: Any module. ``torch.compile``'s and the data-parallel wrappers are looked through.
         window: Steps per window.
         optimizer: Count its steps, or those of what it wraps, instead of forward passes.
-        unit_dim, batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
+        unit_dim, batch_dim, activations: As in :func:`relubook.units.diagnosis.diagnose`. Of those
+            that only their output tells to be silent, ``peak`` is the largest absolute output.
 
     Raises:
         TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
@@ -136,6 +138,7 @@ class Watch:
         optimizer: Any = None,
         unit_dim: int | Mapping[str, int | None] | None = None,
         batch_dim: int = 0,
+        activations: Activations = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
@@ -152,7 +155,9 @@ class Watch:
         self.history: list[Event] = []
         self.unfollowed, self.notes = list[str](), list[str]()
         self._model = unwrapped(model)
+        own_kinds(activations, {})  # raises what is wrong with it
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
+        self._options["activations"] = activations
         self._handles: list[Any] = []
         self._readers: list[Reader] = []
         self._sites: dict[str, Followed] = {}
@@ -260,6 +265,8 @@ class Watch:
                 if place == ("", False):  # the model's input: its call is under way
                     reader(self._model, args)
         unread = [site.name for site in audit.found.values() if site.unread]
+        uncalled = [getattr(key, "__name__", str(key)) for key in audit.uncalled]
+        self._leave_out(uncalled, "activations names them, but the audit did not call them")
         self._leave_out(unread, "no module gets or returns what they rectify")
         self._leave_out(list(audit.ambiguous), unclear(audit.ambiguous))
 
