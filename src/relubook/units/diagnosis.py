@@ -80,6 +80,7 @@ class _Counter(SiteFinder):
             silences=site.kind.silences,
             shape=tuple(x.shape),
             location=site.location,
+            fixed=not site.data,
         )
 
     def _add(self, site: Site, fires: Tensor) -> None:
