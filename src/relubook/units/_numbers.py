@@ -39,7 +39,19 @@ FACTORS = {
     "addmm": ("mat1", "mat2"),
     "baddbmm": ("batch1", "batch2"),
 }
-CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+class _Alike(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        held: Any = getattr(module, "_buffers", ())
+        return all(name in held for name in ("weight", "bias", "running_mean", "running_var"))
+
+
+class FrozenBatchNorm(metaclass=_Alike):
+    """Any batch norm of buffers alone, as torchvision, transformers and detectron2 write them."""
+
+
+CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBatchNorm)
 WHOLE = (nn.Linear, nn.modules.conv._ConvNd, *CHANNELED, nn.LayerNorm, nn.Embedding)
 LAYERS = (*WHOLE, nn.RNNBase, nn.RMSNorm)
 """Modules whose output has units of its own."""
