@@ -261,6 +261,27 @@ def positive(x: Tensor) -> Tensor:
     return x > 0
 
 
+def test_under_vmap_it_is_said_not_to_be_seen():
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.randn(3, 6, 5)), JumpReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda weight: self.act(x @ weight.T))(self.weight).relu()
+
+    report = diagnose(Ensemble(), [torch.randn(4, 5)], activations={JumpReLU: ZERO})
+    assert [site.name for site in report] == ["relu()"]
+    assert "NOT SEEN: JumpReLU runs under vmap" in repr(report)
+
+
+@pytest.mark.slow
+def test_functions_that_torch_compiles():
+    model, x = Calls(torch.compile(masked, backend="eager")), torch.randn(4, 5)
+    (site,) = diagnose(model, [x], activations={model.function: ZERO})
+    check(site, masked(model.fc(x)))
+
+
 def test_a_call_that_fails():
     def fails(x: Tensor) -> Tensor:
         raise ArithmeticError

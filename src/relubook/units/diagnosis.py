@@ -96,9 +96,6 @@ class _Counter(SiteFinder):
 
     def end(self) -> None:
         """Close the pass over one batch."""
-        for key in self.counts.keys() & self._unplaced.keys():  # its units changed their number
-            del self.counts[key]
-            self._now.pop(key, None)
         for key, now in self._now.items():
             count = self.counts[key]
             count.observations += now.seen
@@ -114,8 +111,9 @@ class _Counter(SiteFinder):
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:
-        """Return what was counted, by site."""
-        named = ({**vars(c), "name": self.name_of(key)} for key, c in self.counts.items())
+        """Return what was counted, by site, without those whose units changed their number."""
+        told = {key: count for key, count in self.counts.items() if key not in self._unplaced}
+        named = ({**vars(c), "name": self.name_of(key)} for key, c in told.items())
         return [SiteReport(**tree_map_only(Tensor, Tensor.cpu, fields)) for fields in named]
 
 
@@ -247,11 +245,11 @@ def diagnose(
     if not done:
         raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
     notes = _notes(counter)
-    if not counter.counts:
+    if not (sites := counter.reports()):
         if counter.ambiguous:
             raise AmbiguousUnitsError(unclear(counter.ambiguous))
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    return Report(counter.reports(), inputs, done, notes, example)
+    return Report(sites, inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:
