@@ -70,6 +70,10 @@ def masked(x: Tensor) -> Tensor:
     return x * (x > 0)
 
 
+frozen = torch.no_grad()(masked)
+detached = torch.no_grad()(lambda x: x)
+
+
 class Calls(nn.Module):
     """A linear layer, then what is called as a function."""
 
@@ -112,9 +116,12 @@ def test_modules_by_what_names_them(kind, key, shape):
     model = nn.Sequential(
         nn.Linear(5, 6), kind(), nn.Linear(3 if kind is Gate else 6, 4), nn.ReLU()
     )
+    with torch.no_grad():
+        model[0].bias[0] = -9.0
     batches = [torch.randn(size, *shape) for size in (4, 3)]
     keys = {"class": kind, "instance": model[1], "name": "1", "pattern": "[1]"}
     report = diagnose(model, batches, activations={keys[key]: ZERO})
+    assert kind is Gate or report["1"].dead[0]
     assert [(site.name, site.kind) for site in report] == [("1", kind.__name__), ("3", "relu")]
     check(report["1"], outputs_of(model[1], model, batches))
     check(report["3"], outputs_of(model[3], model, batches))
@@ -122,6 +129,13 @@ def test_modules_by_what_names_them(kind, key, shape):
     if kind is not Gate:
         peak = model[0](torch.cat(batches)).flatten(0, -2).amax(0)
         assert torch.equal(report["1"].peak, peak)
+
+
+def test_units_are_followed_behind_it():
+    model, x = nn.Sequential(nn.Linear(5, 6), TopK(), nn.ReLU()), torch.randn(4, 3, 5)
+    report = diagnose(model, [x], activations={TopK: ZERO})
+    assert [site.unit_dim for site in report] == [2, 2]
+    check(report["2"], model(x))
 
 
 def test_a_module_with_its_layer_inside():
@@ -139,7 +153,7 @@ def test_a_module_with_its_layer_inside():
     [
         (masked, masked),
         (lambda x: Step.apply(x, 0.1), Step),
-        (torch.no_grad()(masked), torch.no_grad()(masked)),
+        (lambda x: detached(frozen(x)) * 1, frozen),
     ],
 )
 def test_functions(function, key):
@@ -196,6 +210,10 @@ def test_what_is_not_finite_is_no_silence():
     forward = lambda model, x: model(x)  # noqa: E731
     site = diagnose(model, [x], forward=forward, activations={Hides: ZERO}, count=len)[0]
     assert site.nonfinite.tolist() == [True, True, False]
+    model, x = nn.Sequential(nn.Identity(), JumpReLU(3)), torch.full((4, 3), torch.nan)
+    site = diagnose(model, [x], forward=forward, activations={JumpReLU: ZERO}, count=len)[0]
+    assert site.fired.tolist() == [0, 0, 0]
+    assert site.nonfinite.all()
 
 
 class Hides(nn.Module):
@@ -259,6 +277,27 @@ def test_what_returns_no_numbers_is_no_activation():
 
 def positive(x: Tensor) -> Tensor:
     return x > 0
+
+
+def test_under_vmap_it_is_said_not_to_be_seen():
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.randn(3, 6, 5)), JumpReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda weight: self.act(x @ weight.T))(self.weight).relu()
+
+    report = diagnose(Ensemble(), [torch.randn(4, 5)], activations={JumpReLU: ZERO})
+    assert [site.name for site in report] == ["relu()"]
+    assert "NOT SEEN: JumpReLU runs under vmap" in repr(report)
+
+
+@pytest.mark.slow
+def test_functions_that_torch_compiles():
+    model, x = Calls(torch.compile(masked, backend="eager")), torch.randn(4, 5)
+    (site,) = diagnose(model, [x], activations={model.function: ZERO})
+    check(site, masked(model.fc(x)))
 
 
 def test_a_call_that_fails():
@@ -399,6 +438,11 @@ def test_smooth_activations_of_transformers(name):
 # Watch
 
 
+class Above(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+
 @pytest.mark.parametrize(
     ("key", "function"),
     [
@@ -406,12 +450,15 @@ def test_smooth_activations_of_transformers(name):
         (masked, masked),
         (Step, lambda x: Step.apply(x, 0.1)),
         (None, nn.Hardshrink(9.0)),
+        (Above, Above()),
     ],
 )
 def test_watch_reads_the_outputs(key, function):
     model, rules = Calls(function), {key: ZERO} if key else None
+    if key is Above:
+        rules = {Above: lambda out: out < 0.6}
     with torch.no_grad():
-        model.fc.bias[:3] = -7.0
+        model.fc.bias.copy_(torch.tensor([-7.0, -7.0, -7.0, -30.0, 0.0, 0.0]))
     batches = [torch.randn(8, 3, 5) for _ in range(6)]
     with Watch(model, window=3, activations=rules) as watch:
         for step, batch in enumerate(batches):
@@ -425,13 +472,16 @@ def test_watch_reads_the_outputs(key, function):
     assert torch.equal(site.dead, expected.dead)
     assert site.name == expected.name
     out = model.function(model.fc(torch.cat(batches[3:]))).abs().amax((0, 1))
-    torch.testing.assert_close(site.peak, out)
-    assert first.tolist() == [True] * 3 + [key is None] * 3
+    assert (site.peak > 0).tolist() == (~expected.dead).tolist()
+    torch.testing.assert_close(site.peak[~site.dead], out[~site.dead])
+    alive = [3] if key is None else [4, 5]
+    assert first.tolist() == [unit not in alive for unit in range(6)]
     assert [e.unit for e in watch.history if e.kind == "revival"] == [0, 1]
 
 
-def test_watch_says_what_it_cannot_read():
-    model, x = Calls(lambda x: masked(x) + 1), torch.randn(8, 5)
+@pytest.mark.parametrize("then", [lambda x: x + 1, lambda x: x.add_(1)])
+def test_watch_says_what_it_cannot_read(then):
+    model, x = Calls(lambda x: then(masked(x))), torch.randn(8, 5)
     with (
         pytest.warns(UserWarning, match=r"cannot follow 0\.masked\(\): no module gets"),
         Watch(

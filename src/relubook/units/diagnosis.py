@@ -87,6 +87,7 @@ class _Counter(SiteFinder):
             silences=site.kind.silences,
             shape=tuple(x.shape),
             location=site.location,
+            fixed=not site.data,
         )
 
     def _add(self, site: Site, fires: Tensor) -> None:
@@ -104,9 +105,6 @@ class _Counter(SiteFinder):
 
     def end(self) -> None:
         """Close the pass over one batch."""
-        for key in self.counts.keys() & self._unplaced.keys():  # its units changed their number
-            del self.counts[key]
-            self._now.pop(key, None)
         for key, now in self._now.items():
             count = self.counts[key]
             count.observations += now.seen
@@ -128,13 +126,14 @@ class _Counter(SiteFinder):
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:
-        """Return what was counted, by site."""
-        for key, count in self.counts.items():
+        """Return what was counted, by site, without those whose units changed their number."""
+        told = {key: count for key, count in self.counts.items() if key not in self._unplaced}
+        for key, count in told.items():
             count.nonfinite |= ~(count.peak.isfinite() & self._low[key].isfinite())
             count.name = self.name_of(key)
             for name, value in vars(count).items():
                 setattr(count, name, value.cpu() if isinstance(value, Tensor) else value)
-        return list(self.counts.values())
+        return list(told.values())
 
 
 def diagnose(
@@ -265,11 +264,11 @@ def diagnose(
     if not done:
         raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
     notes = _notes(counter)
-    if not counter.counts:
+    if not (sites := counter.reports()):
         if counter.ambiguous:
             raise AmbiguousUnitsError(unclear(counter.ambiguous))
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    return Report(counter.reports(), inputs, done, notes, example)
+    return Report(sites, inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:

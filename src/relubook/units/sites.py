@@ -249,6 +249,8 @@ class SiteFinder(TorchDispatchMode):
             return
         if not out.is_floating_point():
             raise TypeError(f"activations: {kind.name} returned {out.dtype}, not floating numbers")
+        if torch._C._functorch.is_functorch_wrapped_tensor(out):
+            return self._note(f"NOT SEEN: {kind.name} runs under vmap or another transform")
         with _disable_current_modes():
             made = self._numbers.of(out) or Tag(data=False)
             inner = made.units is not None and made.layer.source != given.layer.source
