@@ -25,6 +25,7 @@ class Wandering(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         swap, loops, pick, made, batched = (int(way) for way in x[0, :5])
+        x = torch.relu(x @ (self.left if batched else self.right))
         if swap:
             b = self.two(x)
             a = self.one(x)
@@ -38,7 +39,6 @@ class Wandering(nn.Module):
                 x = x[x[:, 0].argsort(stable=True)]
             if made:
                 x = nn.Linear(6, 6)(x).relu_()
-        x = torch.relu(x @ (self.left if swap else self.right))
         x = self.act(self.conv(x.view(-1, 3, 2)))
         if batched:
             x = torch.relu(torch.bmm(self.heads, x[:2]))
