@@ -855,7 +855,7 @@ def test_dormant_units_behind_a_norm_that_enlarges_them_are_left():
     model.eval()
     before = state_of(model)
     revival = revive_(model, diagnose(model, [x], family="all"), x, tau=0.025)
-    assert "behind a norm, are not 0 to '3'" in revival.left[0].reason
+    assert "its units, if small, are not 0 to '3', nor the same" in revival.left[0].reason
     assert same(before, state_of(model))
 
 

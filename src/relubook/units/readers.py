@@ -366,8 +366,7 @@ class Tracer(SiteFinder):
         even = (high - low)[columns] <= 1e-6 * torch.maximum(low.abs(), high.abs())[columns]
         sink = Sink(name, module, columns, torch.where(columns, (low + high) / 2, 0.0))
         if sink.is_folded or not bool(even.all()):
-            state = "behind a norm" if alive else "while silent"
-            where = f"its units, {state}, are not 0 to {name!r}"
+            where = f"its units, {'if small' if alive else 'while silent'}, are not 0 to {name!r}"
             if module.bias is None:
                 raise Unpaired(f"{where}, which has no bias that could take over the rest")
             known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])

@@ -1,6 +1,7 @@
 """What every report on a model shares, and the report of ``diagnose``."""
 
 import io
+import math
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -74,6 +75,8 @@ class SiteReport:
         location: ``"file.py:12"``, the line of the model that made the call, if known.
         calls: How often it was called, over all batches.
         fixed: Whether it depends on no input.
+        quiet: ``int64``: on how many observations it was silent since the last batch in which it
+            fired; all of them if it never did, or saw NaN only.
     """
 
     name: str
@@ -92,6 +95,7 @@ class SiteReport:
     location: str | None = None
     calls: int = 0
     fixed: bool = False
+    quiet: Any = None
 
     @property
     def units(self) -> int:
@@ -307,6 +311,22 @@ class Report(UnitListing[SiteReport]):
         axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return axes.figure
 
+    def plot_density(self, axes: Any = None) -> Any:
+        """Draw histograms of the log10 of the units' rates, one a site; return their figure.
+
+        The legend tells how many units have none, since they never fired.
+        """
+        pyplot = require("matplotlib.pyplot", "figures")
+        axes = pyplot.subplots(layout="constrained")[1] if axes is None else axes
+        low = -math.log10(max(1, *(site.observations for site in self.sites)))
+        for site in self.sites:
+            rates = site.rate[site.fired > 0].log10().tolist()
+            label = f"{site.name}: {site.units - len(rates):,} of {site.units:,} never"
+            axes.hist(rates, bins=50, range=(low, 0), histtype="step", label=label)
+        axes.set(xlabel="log10 of the share of observations on which it fired", ylabel="units")
+        axes.legend()
+        return axes.figure
+
     def _rows(self) -> list[list[str]]:
         columns = ["site", "kind", "units", "dead", "rare", "always on"]
         columns += ["never wins"] * any(site.kind == PIECE for site in self.sites)
@@ -386,4 +406,5 @@ def _sum(one: SiteReport, two: SiteReport) -> SiteReport:
     if one.fixed:
         sums |= {"inputs": 1, "fired_inputs": (sums["fired"] > 0).long()}
     peak, nonfinite = torch.maximum(*both["peak"]), torch.logical_or(*both["nonfinite"])
+    sums["quiet"] = two.quiet + one.quiet * (two.fired == 0)
     return replace(one, **sums, peak=peak, nonfinite=nonfinite)

@@ -23,7 +23,7 @@ True
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ __all__ = ["Change", "Left", "Revival", "revive_"]
 
 # Optimizer state that holds a running size of the gradient; the rest of the state starts at zero.
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum", "exp_inf"}
+# A layer, a parameter of it, its entries that start anew, and whether they are outgoing weights.
+Fresh = tuple[Any, Tensor, Tensor, bool]
 _MOVED = (
     "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
     "gets or returns, or the units are not silent on the batch"
@@ -127,22 +129,21 @@ def revive_(
 
     **What stays.** In evaluation mode the output is the same on every input on which all revived
     units were silent: bit for bit, or up to rounding where a batch norm behind the rectifier turns
-    the unit's 0 into a constant, whose part the next layer's bias takes over. In training mode the
-    function can change by what running and batch mean differ. A site whose repair moves the outputs
-    on the batch is put back and listed.
+    the unit's 0 into a constant, whose part the next layer's bias takes over. In training mode it
+    can change by what running and batch mean differ. A site whose repair moves the outputs on the
+    batch is put back and listed.
 
-    **Which layers come next** is observed in two passes, in evaluation and in training mode, on the
-    path that the batch takes. Left and listed with the reason: sums (residual connections), layer
-    norm and whatever else may mix units; a norm's constant before zero padding or a layer without
-    bias; layers that are neither linear nor convolutions, are called more than once, share a
-    weight, carry a parametrization, or are frozen.
+    **Which layers come next** is observed in evaluation and in training mode, on the path that the
+    batch takes. Left and listed with the reason: sums (residual connections), layer norm and what
+    else may mix units; a norm's constant before zero padding or a layer without bias; layers that
+    are not linear or convolutions, called more than once, parametrized, frozen, or share a weight.
 
-    **How they learn.** In the first step only the outgoing weights get a gradient that is not zero,
-    from the second step on the incoming ones too. The optimizer's running averages become 0 in the
-    changed entries, but second moments of outgoing weights the mean over the tensor's other
-    entries; other state returns to its start, and Adam's step count is kept. With second moments of
-    0, Adam's updates rise from 3.2 to 6.6 times the learning rate (RMSprop: 10 times): incoming
-    weights learn soon by that, outgoing ones would disturb the function.
+    **How they learn.** In the first step only the outgoing weights get a gradient, from the second
+    on the incoming ones too. The optimizer's running averages become 0 in the changed entries, but
+    second moments of outgoing weights the mean over the tensor's other entries; other state returns
+    to its start, and Adam's step count stays. With second moments of 0, Adam's updates rise from
+    3.2 to 6.6 times the learning rate (RMSprop: 10 times): incoming weights learn soon by that,
+    outgoing ones would disturb the function.
 
     Args:
         model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
@@ -180,7 +181,7 @@ def revive_(
     if generator is None:  # the global random state gives the seed and stays where it is
         with torch.random.fork_rng([]):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    changes, fresh = [], list[_Fresh]()
+    changes, fresh = [], list[Fresh]()
     with torch.no_grad(), ExitStack() as undo:  # puts all back, unless it is emptied
         before = _outputs(model, batch)
         for plan in plans:
@@ -234,31 +235,20 @@ def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> li
     return seen or list(tensors_in(out))
 
 
-class _Fresh(NamedTuple):
-    """Entries of a parameter that start anew, and whether they are outgoing weights."""
-
-    layer: Any
-    parameter: Tensor
-    entries: Tensor
-    outgoing: bool
-
-
 class _Repair:
     """The repair of one site; what ``undo`` holds puts it back."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.norm = plan, plan.before[1] if plan.before else None
         self.undo = ExitStack()
-        self.fresh: list[_Fresh] = []
+        self.fresh: list[Fresh] = []
 
-    def write(
-        self, layer: Any, tensor: Tensor, index: Tensor, value: Any, outgoing: bool = False
-    ) -> None:
+    def write(self, layer: Any, tensor: Tensor, at: Tensor, value: Any, cut: bool = False) -> None:
         """Set entries, and note that they start anew."""
         self.undo.callback(tensor.copy_, tensor.clone())
-        index = index.to(tensor.device)
-        turned(layer, tensor)[index] = torch.as_tensor(value).to(tensor)
-        self.fresh.append(_Fresh(layer, tensor, index, outgoing))
+        at = at.to(tensor.device)
+        turned(layer, tensor)[at] = torch.as_tensor(value).to(tensor)
+        self.fresh.append((layer, tensor, at, cut))
 
     def cut(self) -> None:
         """Set the outgoing weights to zero."""
@@ -276,7 +266,7 @@ class _Repair:
                     bias = module.bias.double() + (weight * constant).sum(1)
                     self.undo.callback(module.bias.copy_, module.bias.clone())
                     module.bias.copy_(bias)
-            self.write(module, module.weight, columns, 0.0, outgoing=True)
+            self.write(module, module.weight, columns, 0.0, cut=True)
 
     def draw(self, init: Callable[..., Any], generator: torch.Generator) -> None:
         """Draw the incoming weights."""
@@ -288,9 +278,8 @@ class _Repair:
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
         resets = [(layer, layer.weight, fresh), (layer, layer.bias, 0.0)]
-        if self.plan.before is not None:
-            norm = self.plan.before[1]
-            resets += [(norm, norm.weight, 1.0), (norm, norm.bias, 0.0)]
+        if self.norm is not None:
+            resets += [(self.norm, self.norm.weight, 1.0), (self.norm, self.norm.bias, 0.0)]
         for owner, parameter, value in resets:
             if parameter is not None:
                 self.write(owner, parameter, units, value)
@@ -301,11 +290,10 @@ class _Repair:
         values = out.movedim(unit_dim(layer, out), -1)[..., units.to(out.device)]
         values = values.double().reshape(-1, len(units))
         variance, mean = torch.var_mean(values, dim=0, correction=0)
-        if self.plan.before is not None:
-            norm = self.plan.before[1]
-            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-                if buffer is not None:
-                    self.write(norm, buffer, units, value)
+        if self.norm is not None:
+            for name, value in (("running_mean", mean), ("running_var", variance)):
+                if (buffer := getattr(self.norm, name)) is not None:
+                    self.write(self.norm, buffer, units, value)
         elif layer.bias is not None:
             self.write(layer, layer.bias, units, -mean)
         else:
@@ -316,17 +304,16 @@ class _Repair:
         return int((values.amax(0) <= mean).sum())
 
 
-def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[_Fresh], undo: ExitStack) -> None:
+def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[Fresh], undo: ExitStack) -> None:
     """Let an optimizer's state of the entries that start anew do so too."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    changed = {id(entry.parameter): entry.parameter for entry in fresh}
+    changed = {id(parameter): parameter for _, parameter, _, _ in fresh}
     for parameter in [changed[key] for key in changed if key in groups]:
         anew = torch.zeros_like(parameter, dtype=torch.bool)
         outgoing = anew.clone()
-        for entry in fresh:
-            if entry.parameter is parameter:
-                turned(entry.layer, anew)[entry.entries] = True
-                turned(entry.layer, outgoing)[entry.entries] = entry.outgoing
+        for layer, owner, entries, cut in fresh:
+            if owner is parameter:
+                turned(layer, anew)[entries], turned(layer, outgoing)[entries] = True, cut
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
