@@ -23,6 +23,7 @@ _HOME = {
     "claim": "evidence.claims",
     "diagnose": "units.diagnosis",
     "initializers": "layers.initializers",
+    "off_center": "units.risk",
     "part": "evidence.claims",
     "revive_": "units.revival",
     "setup": "book",

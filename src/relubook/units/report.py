@@ -15,6 +15,7 @@ from relubook._files import write_whole
 from relubook._optional import require
 from relubook.units._kinds import PIECE
 from relubook.units._listing import UnitListing, plain_table
+from relubook.units.risk import advice, near_cliff
 
 __all__ = ["RARE", "STATES", "Report", "ReportDiff", "SiteReport", "silence_bound"]
 
@@ -147,6 +148,15 @@ class SiteReport:
         return self.state == STATES.index("always on")
 
     @property
+    def at_risk(self) -> Tensor:
+        """Living units that are rare or in the tenth with the lowest peaks, ``bool``, (units,).
+
+        At the edge of usable rates they die twice as often as others (claim tool-rare-are-next).
+        """
+        living = ~(self.dead | self.nonfinite) & self.silences
+        return living & self.rare | near_cliff(self.peak, living)
+
+    @property
     def never_wins(self) -> Tensor:
         """Pieces of maxout that won on no observation, ``bool``, shape (units,)."""
         return self.state == STATES.index("never wins")
@@ -275,13 +285,14 @@ class Report(UnitListing[SiteReport]):
         """Return a ``pandas.DataFrame`` with one row per unit.
 
         Its columns are ``site, kind, producer, unit, state, fired, observations, rate, inputs,
-        fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
+        fired_inputs, peak, upper_bound, score`` (NaN where it was not asked for) and ``at_risk``.
         """
         pandas = require("pandas", "tables of results")
         names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
         frames = []
         for site in self.sites:
             cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
+            cells["at_risk"] = site.at_risk
             frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
             frame.insert(0, "site", site.name)
             frame.insert(3, "unit", range(site.units))
@@ -357,7 +368,7 @@ class Report(UnitListing[SiteReport]):
                     f"{total:,} {words} on n = {fewest:,} independent inputs bounds a {whose} rate "
                     f"by {silence_bound(fewest):.2%} (95%)."
                 )
-        return remarks + self.notes
+        return [*remarks, *advice(self), *self.notes]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -284,7 +284,7 @@ class SiteFinder(TorchDispatchMode):
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:
-            self._boundary = sys._getframe(2)
+            self._boundary = sys._getframe(2)  # behind the hook
         self._mark((args, kwargs), not self._stack)
         self._stack.append((name, self._found))
         self._numbers.running = name
