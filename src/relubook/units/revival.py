@@ -37,8 +37,7 @@ __all__ = ["Change", "Left", "Revival", "revive_"]
 
 # Optimizer state that holds a running size of the gradient; the rest of the state starts at zero.
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum", "exp_inf"}
-# A layer, a parameter of it, its entries that start anew, and whether they are outgoing weights.
-Fresh = tuple[Any, Tensor, Tensor, bool]
+CUT = 2  # marks an entry of an outgoing weight that starts anew, 1 any other
 _MOVED = (
     "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
     "gets or returns, or the units are not silent on the batch"
@@ -177,15 +176,19 @@ def revive_(
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
     optimizers, chosen = listed(optimizer), _chosen(report, tau)
     plans, reasons = find_readers(model, report.sites, batch, chosen)
-    _check_held(optimizers, plans)
+    held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    missing = {repr(n) for plan in plans for n, p in plan.parameters() if p not in held}
+    if missing and optimizers:
+        whose = "optimizer does" if len(optimizers) == 1 else "optimizers do"
+        raise ValueError(f"the {whose} not hold {', '.join(sorted(missing))}")
     if generator is None:  # the global random state gives the seed and stays where it is
         with torch.random.fork_rng([]):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    changes, fresh = [], list[Fresh]()
+    changes, fresh = [], dict[Tensor, Tensor]()
     with torch.no_grad(), ExitStack() as undo:  # puts all back, unless it is emptied
         before = _outputs(model, batch)
         for plan in plans:
-            repair = _Repair(plan)
+            repair = _Repair(plan, fresh)
             with repair.undo:
                 repair.undo.callback(generator.set_state, generator.get_state())
                 repair.cut()
@@ -202,7 +205,6 @@ def revive_(
             folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
             norm = plan.before[0] if plan.before else None
             changes.append(Change(plan.site, plan.producer, plan.units, norm, cut, folded, silent))
-            fresh += repair.fresh
         for one in optimizers:
             _reset_state(one, fresh, undo)
         undo.pop_all()
@@ -238,17 +240,19 @@ def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> li
 class _Repair:
     """The repair of one site; what ``undo`` holds puts it back."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, fresh: dict[Tensor, Tensor]) -> None:
         self.plan, self.norm = plan, plan.before[1] if plan.before else None
-        self.undo = ExitStack()
-        self.fresh: list[Fresh] = []
+        self.undo, self.fresh = ExitStack(), fresh
 
     def write(self, layer: Any, tensor: Tensor, at: Tensor, value: Any, cut: bool = False) -> None:
         """Set entries, and note that they start anew."""
-        self.undo.callback(tensor.copy_, tensor.clone())
-        at = at.to(tensor.device)
-        turned(layer, tensor)[at] = torch.as_tensor(value).to(tensor)
-        self.fresh.append((layer, tensor, at, cut))
+        mark = self.fresh.setdefault(tensor, torch.zeros_like(tensor, dtype=torch.uint8))
+        for changed, new in (
+            (tensor, torch.as_tensor(value).to(tensor)),
+            (mark, CUT if cut else 1),
+        ):
+            self.undo.callback(changed.copy_, changed.clone())
+            turned(layer, changed)[at.to(tensor.device)] = new
 
     def cut(self) -> None:
         """Set the outgoing weights to zero."""
@@ -304,26 +308,23 @@ class _Repair:
         return int((values.amax(0) <= mean).sum())
 
 
-def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[Fresh], undo: ExitStack) -> None:
-    """Let an optimizer's state of the entries that start anew do so too."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    changed = {id(parameter): parameter for _, parameter, _, _ in fresh}
-    for parameter in [changed[key] for key in changed if key in groups]:
-        anew = torch.zeros_like(parameter, dtype=torch.bool)
-        outgoing = anew.clone()
-        for layer, owner, entries, cut in fresh:
-            if owner is parameter:
-                turned(layer, anew)[entries], turned(layer, outgoing)[entries] = True, cut
+def _reset_state(
+    optimizer: torch.optim.Optimizer, fresh: dict[Tensor, Tensor], undo: ExitStack
+) -> None:
+    """Let an optimizer's state of the marked entries start anew too."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in fresh.keys() & groups.keys():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
             undo.callback(value.copy_, value.clone())
-            at, others = anew.to(value.device), value[~anew.to(value.device)]
+            mark = fresh[parameter].to(value.device)
+            at, others = mark > 0, value[mark == 0]
             begin = "lr" if key == "step_size" else "initial_accumulator_value"
-            start = float(groups[id(parameter)].get(begin, 0.0))
+            start = float(groups[parameter].get(begin, 0.0))
             value[at] = parameter.to(value)[at] if key == "ax" else start
             if key in _SECOND_MOMENTS and len(others):
-                value[outgoing.to(value.device)] = others.mean()
+                value[mark == CUT] = others.mean()
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
@@ -343,15 +344,5 @@ def listed(optimizer: Any) -> list[torch.optim.Optimizer]:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer is a {type(one).__name__}, not a torch.optim.Optimizer")
         if isinstance(one, torch.optim.LBFGS):
-            raise ValueError(
-                "L-BFGS keeps no state per entry: pass a new one after revive_ instead"
-            )
+            raise ValueError("L-BFGS keeps no state per entry: make a new one afterwards")
     return optimizers
-
-
-def _check_held(optimizers: list[torch.optim.Optimizer], plans: list[Plan]) -> None:
-    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
-    missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
-    if missing and optimizers:
-        whose = "optimizer does" if len(optimizers) == 1 else "optimizers do"
-        raise ValueError(f"the {whose} not hold {', '.join(sorted(missing))}")
