@@ -40,7 +40,6 @@ REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm)
 NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)
-SUM = "a sum (a residual connection)"
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
@@ -251,7 +250,7 @@ class Tracer(SiteFinder):
         running = self._stack[-1][0] if self._stack else ""
         what = f"{operator}()"
         if operator in ("add", "sub", "rsub") and sum(map(self._is_data, given)) > 1:
-            what, words = SUM, []
+            what, words = "a sum (a residual connection)", []
         elif running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
         results, kept = list(tensors_in(out)), list[Any]([None])

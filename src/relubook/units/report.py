@@ -323,10 +323,7 @@ class Report(UnitListing[SiteReport]):
         return axes.figure
 
     def plot_density(self, axes: Any = None) -> Any:
-        """Draw histograms of the log10 of the units' rates, one a site; return their figure.
-
-        The legend tells how many units have none, since they never fired.
-        """
+        """Draw histograms of log10 of the rates of the units that fired; return their figure."""
         pyplot = require("matplotlib.pyplot", "figures")
         axes = pyplot.subplots(layout="constrained")[1] if axes is None else axes
         low = -math.log10(max(1, *(site.observations for site in self.sites)))

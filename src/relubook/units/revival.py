@@ -37,7 +37,6 @@ __all__ = ["Change", "Left", "Revival", "revive_"]
 
 # Optimizer state that holds a running size of the gradient; the rest of the state starts at zero.
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum", "exp_inf"}
-CUT = 2  # marks an entry of an outgoing weight that starts anew, 1 any other
 _MOVED = (
     "its repair moves the outputs on the batch, so it was put back: a hook changes what a layer "
     "gets or returns, or the units are not silent on the batch"
@@ -245,14 +244,12 @@ class _Repair:
         self.undo, self.fresh = ExitStack(), fresh
 
     def write(self, layer: Any, tensor: Tensor, at: Tensor, value: Any, cut: bool = False) -> None:
-        """Set entries, and note that they start anew."""
+        """Set entries, and mark that they start anew: by 2 if outgoing weights, else by 1."""
         mark = self.fresh.setdefault(tensor, torch.zeros_like(tensor, dtype=torch.uint8))
-        for changed, new in (
-            (tensor, torch.as_tensor(value).to(tensor)),
-            (mark, CUT if cut else 1),
-        ):
+        new = torch.as_tensor(value).to(tensor)
+        for changed, entries in ((tensor, new), (mark, 1 + cut)):
             self.undo.callback(changed.copy_, changed.clone())
-            turned(layer, changed)[at.to(tensor.device)] = new
+            turned(layer, changed)[at.to(tensor.device)] = entries
 
     def cut(self) -> None:
         """Set the outgoing weights to zero."""
@@ -324,7 +321,7 @@ def _reset_state(
             start = float(groups[parameter].get(begin, 0.0))
             value[at] = parameter.to(value)[at] if key == "ax" else start
             if key in _SECOND_MOMENTS and len(others):
-                value[mark == CUT] = others.mean()
+                value[mark == 2] = others.mean()
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
