@@ -1226,8 +1226,10 @@ def test_a_compiled_wrapper_is_looked_through():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["mlp", "groups", "transposed", "joined branches", "norm before",
-                                  "norm after", "frozen norm before", "frozen norm after"])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "mlp", "groups", "transposed", "joined branches", "norm before", "norm after",
+    "frozen norm before", "frozen norm after", "Conv1D of GPT-2",
+])  # fmt: skip
 def test_on_a_gpu(name):
     build, dying, shape, _ = KEPT[name]
     model, x = settle(build()).double().cuda(), randn(*shape).double().cuda()
