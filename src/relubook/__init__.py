@@ -16,6 +16,7 @@ __version__ = "0.3.0"
 _HOME = {
     "Maxout": "layers.maxout",
     "Recipe": "training.recipe",
+    "Reviver": "units.reviver",
     "Watch": "units.watch",
     "activations": "layers.activations",
     "certify_dead": "units.certificate",

@@ -70,6 +70,10 @@ def masked(x: Tensor) -> Tensor:
     return x * (x > 0)
 
 
+frozen = torch.no_grad()(masked)
+detached = torch.no_grad()(lambda x: x)
+
+
 class Calls(nn.Module):
     """A linear layer, then what is called as a function."""
 
@@ -112,9 +116,12 @@ def test_modules_by_what_names_them(kind, key, shape):
     model = nn.Sequential(
         nn.Linear(5, 6), kind(), nn.Linear(3 if kind is Gate else 6, 4), nn.ReLU()
     )
+    with torch.no_grad():
+        model[0].bias[0] = -9.0
     batches = [torch.randn(size, *shape) for size in (4, 3)]
     keys = {"class": kind, "instance": model[1], "name": "1", "pattern": "[1]"}
     report = diagnose(model, batches, activations={keys[key]: ZERO})
+    assert kind is Gate or report["1"].dead[0]
     assert [(site.name, site.kind) for site in report] == [("1", kind.__name__), ("3", "relu")]
     check(report["1"], outputs_of(model[1], model, batches))
     check(report["3"], outputs_of(model[3], model, batches))
@@ -122,6 +129,13 @@ def test_modules_by_what_names_them(kind, key, shape):
     if kind is not Gate:
         peak = model[0](torch.cat(batches)).flatten(0, -2).amax(0)
         assert torch.equal(report["1"].peak, peak)
+
+
+def test_units_are_followed_behind_it():
+    model, x = nn.Sequential(nn.Linear(5, 6), TopK(), nn.ReLU()), torch.randn(4, 3, 5)
+    report = diagnose(model, [x], activations={TopK: ZERO})
+    assert [site.unit_dim for site in report] == [2, 2]
+    check(report["2"], model(x))
 
 
 def test_a_module_with_its_layer_inside():
@@ -139,7 +153,7 @@ def test_a_module_with_its_layer_inside():
     [
         (masked, masked),
         (lambda x: Step.apply(x, 0.1), Step),
-        (torch.no_grad()(masked), torch.no_grad()(masked)),
+        (lambda x: detached(frozen(x)) * 1, frozen),
     ],
 )
 def test_functions(function, key):
@@ -196,6 +210,10 @@ def test_what_is_not_finite_is_no_silence():
     forward = lambda model, x: model(x)  # noqa: E731
     site = diagnose(model, [x], forward=forward, activations={Hides: ZERO}, count=len)[0]
     assert site.nonfinite.tolist() == [True, True, False]
+    model, x = nn.Sequential(nn.Identity(), JumpReLU(3)), torch.full((4, 3), torch.nan)
+    site = diagnose(model, [x], forward=forward, activations={JumpReLU: ZERO}, count=len)[0]
+    assert site.fired.tolist() == [0, 0, 0]
+    assert site.nonfinite.all()
 
 
 class Hides(nn.Module):
@@ -225,11 +243,11 @@ def test_at_level_0_it_is_relu(width, sizes, level):
     ("activations", "error", "words"),
     [
         ([JumpReLU], TypeError, "must be a mapping, not a list"),
-        ({JumpReLU: "zero"}, ValueError, "'silent where 0' or 'never silent', or a function"),
+        ({JumpReLU: "zero"}, ValueError, "must be in .*never silent.*or a function of the output"),
         ({JumpReLU: None}, ValueError, "'silent where 0'"),
-        ({torch.relu: ZERO}, TypeError, "built-in.*name a module"),
-        ({3: ZERO}, TypeError, "names 3: name a module"),
-        ({int: ZERO}, TypeError, "class 'int'.*name a module"),
+        ({torch.relu: ZERO}, TypeError, "built-in.*none of: a module"),
+        ({3: ZERO}, TypeError, "names 3, which is none of: a module"),
+        ({int: ZERO}, TypeError, "class 'int'.*none of: a module"),
         ({"5": ZERO}, ValueError, "names .'5'.*which the model did not call"),
         ({TopK(): ZERO}, ValueError, "TopK.*which the model did not call"),
         ({masked: ZERO}, ValueError, "masked.*which the model did not call"),
@@ -259,6 +277,27 @@ def test_what_returns_no_numbers_is_no_activation():
 
 def positive(x: Tensor) -> Tensor:
     return x > 0
+
+
+def test_under_vmap_it_is_said_not_to_be_seen():
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.randn(3, 6, 5)), JumpReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda weight: self.act(x @ weight.T))(self.weight).relu()
+
+    report = diagnose(Ensemble(), [torch.randn(4, 5)], activations={JumpReLU: ZERO})
+    assert [site.name for site in report] == ["relu()"]
+    assert "NOT SEEN: JumpReLU runs under vmap" in repr(report)
+
+
+@pytest.mark.slow
+def test_functions_that_torch_compiles():
+    model, x = Calls(torch.compile(masked, backend="eager")), torch.randn(4, 5)
+    (site,) = diagnose(model, [x], activations={model.function: ZERO})
+    check(site, masked(model.fc(x)))
 
 
 def test_a_call_that_fails():
@@ -294,7 +333,114 @@ def test_a_profiler_of_the_user():
         sys.setprofile(None)
 
 
+# The models of transformers
+
+
+def small(kind, **options):
+    """Return a small language model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, **options,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def generate(model, batch):
+    model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+
+def by_hooks(model, kind, batches, run):
+    """Count on how many tokens each output of the modules of a kind is not 0."""
+    counts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(
+                lambda module, args, out, name=name: counts.setdefault(name, []).append(
+                    (out.detach() != 0).flatten(0, -2).long()
+                )
+            )
+    with torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    return {name: torch.cat(fires) for name, fires in counts.items()}
+
+
+def tokens(*sizes):
+    batches = [torch.randint(3, 50, (size, 6)) for size in sizes]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("run", [lambda model, batch: model(**batch), generate])
+@pytest.mark.parametrize("kind", [JumpReLU, TopK, nn.ReLU])
+def test_own_activations_of_a_language_model(kind, run):
+    model = small("OPT", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32).eval()
+    for layer in model.model.decoder.layers:
+        layer.activation_fn = JumpReLU(24) if kind is JumpReLU else kind()
+    batches = tokens(3, 2)
+    rules = {kind: ZERO} if kind is not nn.ReLU else None
+    report = diagnose(model, batches, forward=run, activations=rules)
+    expected = by_hooks(model, kind, batches, run)
+    assert len(expected) == 2
+    assert [site.name for site in report] == list(expected)
+    for site in report:
+        assert site.fired.tolist() == expected[site.name].sum(0).tolist()
+        assert (site.inputs, site.observations) == (5, len(expected[site.name]))
+        assert site.calls == (8 if run is generate else 2)
+        assert site.producer.endswith("fc1")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+def test_layers_in_chunks_and_shared_layers(kind):
+    transformers = pytest.importorskip("transformers")
+    config, model = {
+        "bert": (transformers.BertConfig, transformers.BertModel),
+        "albert": (transformers.AlbertConfig, transformers.AlbertModel),
+    }[kind]
+    options = {"embedding_size": 8} if kind == "albert" else {"chunk_size_feed_forward": 2}
+    model = model(
+        config(
+            vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+            intermediate_size=24, hidden_act="relu", **options,
+        )
+    ).eval()  # fmt: skip
+    batches, run = tokens(3, 2), lambda model, batch: model(**batch)
+    report = diagnose(model, batches)
+    expected = by_hooks(model, nn.ReLU, batches, run)
+    assert [site.name for site in report] == list(expected)
+    assert len(report) == (1 if kind == "albert" else 3)
+    for site in report:
+        assert site.fired.tolist() == expected[site.name].sum(0).tolist()
+        assert (site.inputs, site.calls) == (5, 2 * 3)
+        assert site.observations == 30 * (3 if kind == "albert" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["NewGELUActivation", "QuickGELUActivation"])
+def test_smooth_activations_of_transformers(name):
+    activations = pytest.importorskip("transformers.activations")
+    kind = getattr(activations, name)
+    model, x = nn.Sequential(nn.Linear(5, 6), kind()), torch.randn(9, 5)
+    with torch.no_grad():
+        model[0].bias[2] = -200.0
+    rules = {kind: "never silent"}
+    site = diagnose(model, [x], activations=rules, family="all")["1"]
+    assert site.kind == name
+    torch.testing.assert_close(site.magnitude, model(x).abs().double().sum(0))
+    assert site.dormant.tolist() == [False, False, True, False, False, False]
+
+
 # Watch
+
+
+class Above(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
 
 
 @pytest.mark.parametrize(
@@ -304,12 +450,15 @@ def test_a_profiler_of_the_user():
         (masked, masked),
         (Step, lambda x: Step.apply(x, 0.1)),
         (None, nn.Hardshrink(9.0)),
+        (Above, Above()),
     ],
 )
 def test_watch_reads_the_outputs(key, function):
     model, rules = Calls(function), {key: ZERO} if key else None
+    if key is Above:
+        rules = {Above: lambda out: out < 0.6}
     with torch.no_grad():
-        model.fc.bias[:3] = -7.0
+        model.fc.bias.copy_(torch.tensor([-7.0, -7.0, -7.0, -30.0, 0.0, 0.0]))
     batches = [torch.randn(8, 3, 5) for _ in range(6)]
     with Watch(model, window=3, activations=rules) as watch:
         for step, batch in enumerate(batches):
@@ -323,13 +472,16 @@ def test_watch_reads_the_outputs(key, function):
     assert torch.equal(site.dead, expected.dead)
     assert site.name == expected.name
     out = model.function(model.fc(torch.cat(batches[3:]))).abs().amax((0, 1))
-    torch.testing.assert_close(site.peak, out)
-    assert first.tolist() == [True] * 3 + [key is None] * 3
+    assert (site.peak > 0).tolist() == (~expected.dead).tolist()
+    torch.testing.assert_close(site.peak[~site.dead], out[~site.dead])
+    alive = [3] if key is None else [4, 5]
+    assert first.tolist() == [unit not in alive for unit in range(6)]
     assert [e.unit for e in watch.history if e.kind == "revival"] == [0, 1]
 
 
-def test_watch_says_what_it_cannot_read():
-    model, x = Calls(lambda x: masked(x) + 1), torch.randn(8, 5)
+@pytest.mark.parametrize("then", [lambda x: x + 1, lambda x: x.add_(1)])
+def test_watch_says_what_it_cannot_read(then):
+    model, x = Calls(lambda x: then(masked(x))), torch.randn(8, 5)
     with (
         pytest.warns(UserWarning, match=r"cannot follow 0\.masked\(\): no module gets"),
         Watch(
@@ -338,7 +490,7 @@ def test_watch_says_what_it_cannot_read():
     ):
         watch._model(x)
     assert watch.unfollowed == ["0.masked()"]
-    with pytest.raises(ValueError, match="'silent where 0' or"):
+    with pytest.raises(ValueError, match="must be in"):
         Watch(model, activations={masked: 0})
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
     with (

@@ -815,7 +815,7 @@ def test_dormant_units_are_those_of_redo_and_are_cut(activation):
         for reader, units in ((cut.two, dormant[0]), (cut.head, dormant[1])):
             reader.weight[:, units] = 0.0
         optimizer = torch.optim.Adam(model.parameters())
-        revival = revive_(model, report, x, what="dormant", tau=0.05, optimizer=optimizer)
+        revival = revive_(model, report, x, tau=0.05, optimizer=optimizer)
         assert [c.units.tolist() for c in revival.changes] == [
             units.nonzero().flatten().tolist() for units in dormant
         ]
@@ -839,7 +839,7 @@ def test_revived_dormant_units_are_dormant_no_more():
     assert int(report["relu"].dormant.sum()) >= 32
     assert not report["relu"].dead[:32].any()
     assert revive_(model, report, x).total == int(sum(site.dead.sum() for site in report))
-    revive_(model, report, x, what="dormant")
+    revive_(model, report, x, tau=0.025)
     assert not diagnose(model, [x], family="all")["relu"].dormant[:32].any()
 
 
@@ -854,7 +854,7 @@ def test_dormant_units_behind_a_norm_that_enlarges_them_are_left():
     model.train()(x)
     model.eval()
     before = state_of(model)
-    revival = revive_(model, diagnose(model, [x], family="all"), x, what="dormant")
+    revival = revive_(model, diagnose(model, [x], family="all"), x, tau=0.025)
     assert "behind a norm, are not 0 to '3'" in revival.left[0].reason
     assert same(before, state_of(model))
 
@@ -865,7 +865,7 @@ def test_dead_units_behind_dormant_ones_are_revived_too():
         model.one.weight[0], model.one.bias[0] = 0.0, 1e-2
         model.two.bias[1] = -1000.0
     report = diagnose(model, [x], family="all")
-    revival = revive_(model, report, x, what="dormant")
+    revival = revive_(model, report, x, tau=0.025)
     assert [change.site for change in revival.changes] == ["relu", "relu2"]
     assert not any(site.dead.any() for site in diagnose(model, [x]))
 
@@ -873,14 +873,10 @@ def test_dead_units_behind_dormant_ones_are_revived_too():
 def test_bad_choices_of_units_raise():
     model, x = mlp(), randn(64, 4)
     report = diagnose(model, [x])
-    for options, message in (
-        ({"what": "rare"}, "what='rare'"),
-        ({"what": "dormant", "tau": -1.0}, "tau=-1.0"),
-        ({"what": "dormant", "tau": float("nan")}, "tau=nan"),
-        ({"what": "dormant"}, "no scores: diagnose with family='all'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            revive_(model, report, x, **options)
+    scored = diagnose(model, [x], family="all")
+    for wrong, tau in ((scored, -1.0), (scored, float("nan")), (report, 0.1)):
+        with pytest.raises(ValueError, match=f"tau={tau} must be a score from 0 on, of diagnose"):
+            revive_(model, wrong, x, tau=tau)
 
 
 # --- layers of transformers -------------------------------------------------------------------
@@ -1060,7 +1056,7 @@ def test_an_optimizer_of_other_parameters_raises_before_anything_changes():
 def test_each_of_several_optimizers_starts_anew_where_it_holds_what_changed():
     model, optimizer, x = trained("adam")
     twin, past = copy.deepcopy((model, optimizer))
-    report, state = diagnose(model, [x]), past.state_dict()
+    report, state = diagnose(model, [x]), copy.deepcopy(past.state_dict())
     parts = [torch.optim.Adam(m.parameters(), amsgrad=True) for m in (model.one, model.two)]
     parts.append(torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9))
     for part, (start, end) in zip(parts[:2], ((0, 2), (2, 4)), strict=True):

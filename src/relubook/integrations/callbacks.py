@@ -13,15 +13,15 @@ __all__ = ["hugging_face_callback", "lightning_callback"]
 
 
 def hugging_face_callback(*, writer: Any = None, **options: Any) -> Any:
-    """Return a callback for transformers' ``Trainer``; its ``watch`` is the ``Watch`` that follows.
+    """Return a callback for transformers' ``Trainer``; its ``watch`` is a ``Watch`` of the model.
 
     Dead share, deaths and revivals of the last window join what is logged with the loss: printed,
-    and in ``trainer.state.log_history``. The trainer's reporters are called before, so a ``writer``
-    (a ``SummaryWriter``, or a run of W&B) gets those of all sites after each window, from the first
-    of several processes. ``callback.watch.close()`` removes the hooks if training failed.
+    and in ``trainer.state.log_history``. A ``writer`` (a ``SummaryWriter``, or a run of W&B) gets
+    those of all sites after each window, from the first of several processes.
 
-    ``options`` are those of ``Watch`` but for the optimizer, which is the trainer's; wrong ones
-    raise TypeError or ValueError at once. ImportError without transformers.
+    ``options`` are those of ``Watch``, but it counts the steps of the trainer's optimizer; wrong
+    ones raise TypeError or ValueError at once. ImportError without transformers. If training
+    fails, ``callback.watch.close()`` removes the hooks.
     """
     if writer is not None:
         check(writer)
@@ -30,15 +30,15 @@ def hugging_face_callback(*, writer: Any = None, **options: Any) -> Any:
 
 
 def lightning_callback(module: str = "", **options: Any) -> Any:
-    """Return a callback for Lightning's ``Trainer``; its ``watch`` is the ``Watch`` that follows.
+    """Return a callback for Lightning's ``Trainer``; its ``watch`` is a ``Watch`` of a module.
 
     After each window all loggers of the trainer get :func:`relubook.integrations.scalars.scalars`,
     from the first of several processes. ``module`` names the part that ``training_step`` calls,
     such as ``"net"``. The default is the ``LightningModule`` itself, for ``self(x)`` on one device;
     under a strategy that wraps it, ValueError when training starts.
 
-    ``options`` are those of ``Watch`` but for the optimizer, which is the trainer's if it has one
-    only; wrong ones raise TypeError or ValueError at once. ImportError without Lightning.
+    ``options`` are those of ``Watch``, but it counts the optimizer's steps if there is one only;
+    wrong ones raise TypeError or ValueError at once. ImportError without Lightning.
     """
     homes = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
     base = require((*homes, "pytorch_lightning")[0], "its Trainer", "lightning").Callback

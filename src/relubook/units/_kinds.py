@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Activations = Mapping[Any, str | Callable[[Tensor], Tensor]] | None
+Calls = dict[str | CodeType, tuple[Any, "Kind"]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,6 @@ def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
 
 
 RULES: dict[str, Callable[[str], Kind]] = {"silent where 0": by_output, "never silent": smooth}
-Calls = dict[str | CodeType, tuple[Any, Kind]]
 
 
 def own_kinds(activations: Activations, modules: Mapping[str, nn.Module]) -> Calls:
@@ -109,22 +109,20 @@ def own_kinds(activations: Activations, modules: Mapping[str, nn.Module]) -> Cal
     found: Calls = {}
     for key, rule in (activations or {}).items():
         if not callable(rule) and rule not in list(RULES):
-            rules = " or ".join(map(repr, RULES))
-            raise ValueError(f"activations[{key!r}] must be {rules}, or a function of the output")
+            what = f"activations[{key!r}] must be in {list(RULES)}"
+            raise ValueError(f"{what}, or a function of the output")
         kind = RULES[rule] if isinstance(rule, str) else partial(by_output, silent=rule)
         parents = key.__mro__ if isinstance(key, type) else ()
-        if isinstance(key, str | nn.Module) or nn.Module in parents:
-            for name, module in modules.items():
-                pattern = isinstance(key, str) and name and fnmatchcase(name, key)
-                if pattern or module is key or (parents and isinstance(module, key)):
-                    found.setdefault(name, (key, kind(type(module).__name__)))
-            continue
         function = key.forward if torch.autograd.Function in parents else key
         code = getattr(inspect.unwrap(function), "__code__", None)
-        if not isinstance(code, CodeType):
-            raise TypeError(
-                f"activations names {key!r}: name a module, a class of modules or of "
-                "autograd.Function, a module's name or a pattern of names, or a Python function"
-            )
-        found[code] = key, kind(key.__name__)
+        if isinstance(key, str | nn.Module) or nn.Module in parents:
+            for name, module in modules.items():
+                fits = fnmatchcase(name, key) if isinstance(key, str) else module is key
+                if fits or (parents and isinstance(module, key)):
+                    found.setdefault(name, (key, kind(type(module).__name__)))
+        elif isinstance(code, CodeType):
+            found[code] = key, kind(key.__name__)
+        else:
+            what = "a module, its class or its name, a Python function or an autograd.Function"
+            raise TypeError(f"activations names {key!r}, which is none of: {what}")
     return found

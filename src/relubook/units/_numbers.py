@@ -6,7 +6,7 @@ anew. They are expanded from a few numbers (with stride 0), and so cost next to 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -41,16 +41,14 @@ FACTORS = {
 }
 
 
-class _Alike(type):
-    def __instancecheck__(cls, module: Any) -> bool:
-        held: Any = getattr(module, "_buffers", ())
-        return all(name in held for name in ("weight", "bias", "running_mean", "running_var"))
+def told_by(test: Callable[[Any], bool]) -> Any:
+    """Return a class whose instances are the objects that pass a test."""
+    return type("Told", (type,), {"__instancecheck__": lambda _, x: test(x)})("Told", (), {})
 
 
-class FrozenBatchNorm(metaclass=_Alike):
-    """Any batch norm of buffers alone, as torchvision, transformers and detectron2 write them."""
-
-
+_FROZEN = ("weight", "bias", "running_mean", "running_var")
+# Of buffers alone, as torchvision, transformers and detectron2 write it.
+FrozenBatchNorm = told_by(lambda x: all(name in getattr(x, "_buffers", ()) for name in _FROZEN))
 CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBatchNorm)
 WHOLE = (nn.Linear, nn.modules.conv._ConvNd, *CHANNELED, nn.LayerNorm, nn.Embedding)
 LAYERS = (*WHOLE, nn.RNNBase, nn.RMSNorm)

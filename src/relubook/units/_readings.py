@@ -6,14 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from relubook.units._kinds import Kind
 from relubook.units.sites import Site, SiteFinder
 
 Place = tuple[str, bool]
@@ -32,7 +30,7 @@ class Followed:
     # units in the tensor, counted from the end.
     ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False  # whether a call was fed from where no hook sees it
-    by_output: Kind | None = None  # if only the output tells, which is then read instead
+    fires: Callable[[Tensor, Tensor], Tensor] | None = None  # if its output is read, not its input
 
 
 def channel_peak(x: Tensor, dim: int) -> Tensor:
@@ -97,8 +95,8 @@ class Reader(Hook):
             self.strange = True
         elif x.numel():
             x = x.detach()
-            if (kind := self.site.by_output) is not None:
-                x = x.abs() * kind.fires(x, x)
+            if self.site.fires is not None:
+                x = x.abs() * self.site.fires(x, x)
             torch.maximum(peak, channel_peak(x, way), out=peak)
 
     def usual(self) -> bool:
@@ -121,7 +119,7 @@ class Audit(SiteFinder):
         self.found: dict[Any, Followed] = {}  # by key, in the order of their first calls
         self.counts: Counter[Place] = Counter()  # how often each place was passed
         self._seen: dict[int, list[tuple[Place, int, Tensor, int]]] = defaultdict(list)
-        self._awaited: dict[int, list[tuple[Site, Tensor, int]]] = defaultdict(list)  # outputs
+        self._outputs: list[tuple[Site, Tensor, int]] = []  # those that places will see
 
     def run(self, module: nn.Module, batch_size: int, args: Any, kwargs: Any) -> None:
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
@@ -134,12 +132,12 @@ class Audit(SiteFinder):
                 self.begin(batch_size, (args, kwargs))
                 with self:
                     module(*args, **kwargs)
-            for site, _, _ in chain(*self._awaited.values()):
-                self.found[site.key].unread = True
+            for output in self._outputs:
+                self._find(*output)
         finally:
             Audit.running = False
             self._seen.clear()
-            self._awaited.clear()
+            self._outputs.clear()
 
     def attach(self) -> None:
         """Register the hooks, those of all places too."""
@@ -158,40 +156,34 @@ class Audit(SiteFinder):
         x = output[0] if output else args[0] if args else None
         if isinstance(x, Tensor):
             self._seen[_address(x)].append((place, self.counts[place], x, x._version))
-            for site, out, version in self._awaited.pop(_address(x), []):
-                way = _way(site, out, x) if x._version == version else None
-                self._read(site, place, self.counts[place], way)
 
     def before(self, site: Site, x: Tensor) -> None:
         """Note a call of a site, and the latest place that saw its input as it is now."""
         if site.kind.dim is not None:
             return self._note("Which pieces of maxout win is not followed: diagnose counts it.")
+        band = site.kind.level == -math.inf
         if site.key not in self.found:
             wide = x.dtype if x.dtype == torch.float64 else torch.float32
             peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
             dead = torch.zeros(site.units, dtype=torch.bool, device="cpu")
-            kind = site.kind if site.kind.level == -math.inf else None
-            level = site.kind.level if kind is None else 0.0
-            self.found[site.key] = Followed(level, peak, dead, by_output=kind)
-        if site.kind.level == -math.inf:
-            return None  # its output will be seen later
-        for place, call, seen, version in reversed(self._seen[_address(x)]):
-            way = _way(site, x, seen) if x._version == version else None
-            if way is not None:
-                return self._read(site, place, call, way)
-        self.found[site.key].unread = True
+            self.found[site.key] = Followed(0.0 if band else site.kind.level, peak, dead)
+            self.found[site.key].fires = site.kind.fires if band else None
+        if not band:
+            self._find(site, x, x._version)
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
-        """Wait for a place that sees an output which alone tells whether the site is silent."""
+        """Keep an output that alone tells whether the site is silent."""
         if site.kind.level == -math.inf:
-            self._awaited[_address(out)].append((site, out, out._version))
+            self._outputs.append((site, out, out._version))
 
-    def _read(self, site: Site, place: Place, call: int, way: int | None) -> None:
+    def _find(self, site: Site, x: Tensor, version: int) -> None:
         followed = self.found[site.key]
-        if way is None:
-            followed.unread = True
-        else:
-            followed.ways[place][call] = way
+        for place, call, seen, then in reversed(self._seen[_address(x)]):
+            way = _way(site, x, seen) if then == version else None
+            if way is not None:
+                followed.ways[place][call] = way
+                return
+        followed.unread = True
 
 
 def _address(x: Tensor) -> int:

@@ -97,9 +97,6 @@ class _Counter(SiteFinder):
 
     def end(self) -> None:
         """Close the pass over one batch."""
-        for key in self.counts.keys() & self._unplaced.keys():  # its units changed their number
-            del self.counts[key]
-            self._now.pop(key, None)
         for key, now in self._now.items():
             count = self.counts[key]
             count.observations += now.seen
@@ -115,8 +112,9 @@ class _Counter(SiteFinder):
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:
-        """Return what was counted, by site."""
-        named = ({**vars(c), "name": self.name_of(key)} for key, c in self.counts.items())
+        """Return what was counted, by site, without those whose units changed their number."""
+        told = {key: count for key, count in self.counts.items() if key not in self._unplaced}
+        named = ({**vars(c), "name": self.name_of(key)} for key, c in told.items())
         return [SiteReport(**tree_map_only(Tensor, Tensor.cpu, fields)) for fields in named]
 
 
@@ -176,13 +174,12 @@ def diagnose(
             a site out.
         batch_dim: Dimension of the inputs along which they are batched.
         activations: A mapping from activations of your own to ``"silent where 0"``, or to a
-            function that gets the output and returns a bool tensor of its shape, true where units
-            are silent; with ``"never silent"``, such as a GELU of its own, for ``family="all"``
-            only. Named are modules, by class, instance, name or pattern of names, and Python
-            functions (told by their code) and ``autograd.Function``, where the model calls them.
-            Each call is a site of its name; rectifiers inside are part of it. Its units are its
-            input's, and ``peak`` its largest input, if that has the output's shape; else (a gate of
-            half the width, a module with a layer inside) both are its output's.
+            function of the output that returns a bool tensor of its shape, true where it is silent;
+            ``"never silent"`` lists smooth ones under ``family="all"``. Named are modules (by
+            class, itself, name or pattern) and Python functions (told by their code) or
+            ``autograd.Function`` that the model calls. Each call is a site, and rectifiers inside
+            are part of it. Units and ``peak`` are its input's if that has the output's shape, else
+            (a gate of half the width, a module with a layer inside) its output's.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
@@ -191,13 +188,12 @@ def diagnose(
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
             inputs and targets, or holds a key that the model does not take; if ``activations``
-            names what is none.
+            names anything else.
         ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
             ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
-            was called, nor maxout; if ``unit_dim`` names no site or no dimension, or
-            ``activations`` what was not called or no known rule; or if a parameter has no values
-            yet.
-        RuntimeError: If ``activations`` names a function while a profiler follows all functions.
+            was called, nor maxout; if ``unit_dim`` names no site or no dimension, ``activations``
+            no rule or what was not called; or if a parameter has no values yet.
+        RuntimeError: If ``activations`` names a function, and a profiler runs.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
 
@@ -206,10 +202,6 @@ def diagnose(
         >>> report = diagnose(model, [torch.randn(8, 3) for _ in range(10)])
         >>> report["1"].fired.shape, report["1"].inputs
         (torch.Size([4]), 80)
-        >>> print(diagnose(Maxout(3, 2, pieces=3), torch.randn(9, 3)))  # doctest: +SKIP
-        site      kind             units  dead  rare  always on  never wins  median rate  n
-        -----------------------------------------------------------------------------------
-        maxout()  maxout piece  6 pieces     -     0          0           1        0.333  9
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -254,11 +246,11 @@ def diagnose(
     if not done:
         raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
     notes = _notes(counter)
-    if not counter.counts:
+    if not (sites := counter.reports()):
         if counter.ambiguous:
             raise AmbiguousUnitsError(unclear(counter.ambiguous))
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    return Report(counter.reports(), inputs, done, notes, example)
+    return Report(sites, inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:
@@ -325,7 +317,8 @@ def unclear(sites: Mapping[str, str]) -> str:
     example = next(iter(sites), "")
     return (
         f"cannot tell along which dimension the units lie:{listed}\n"
-        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape), or None to leave a site out"
+        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape; None to leave the site out; "
+        "a pattern such as 'decoder.*' for many)"
     )
 
 
@@ -337,7 +330,7 @@ def _notes(counter: _Counter) -> list[str]:
         sites = ", ".join(names) or "none"
         raise ValueError(f"unit_dim names {unknown}, which the model did not call; sites: {sites}")
     if counter.uncalled:
-        raise ValueError(f"activations names {counter.uncalled}, which the model did not call")
+        raise ValueError(f"activations names {[*counter.uncalled]}, which the model did not call")
     notes = [f"SKIPPED: {unclear(counter.ambiguous)}."] * bool(counter.ambiguous)
     notes += counter.notes
     if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:

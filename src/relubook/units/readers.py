@@ -7,7 +7,6 @@ layer does, the number in an input column names the unit that it reads there.
 """
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,21 +28,13 @@ from relubook.units._numbers import (
     numbered,
     reshaped,
     summed,
+    told_by,
     unit_dim,
 )
 from relubook.units.sites import Site, SiteFinder, hook, tensors_in
 
-
-class _Named(type):
-    def __instancecheck__(cls, module: Any) -> bool:
-        known = sys.modules.get("transformers.pytorch_utils")
-        return known is not None and isinstance(module, known.Conv1D)
-
-
-class Conv1D(metaclass=_Named):
-    """The linear layer of GPT-2 in transformers, with a weight of shape (inputs, outputs)."""
-
-
+# GPT-2's linear layer in transformers, with a weight of shape (inputs, outputs).
+Conv1D = told_by(lambda x: type(x).__name__ == "Conv1D" and hasattr(x, "nf"))
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)

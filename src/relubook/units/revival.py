@@ -23,14 +23,14 @@ True
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from relubook.units._numbers import unit_dim
 from relubook.units.readers import TRANSPOSED, Plan, find_readers, run, turned
-from relubook.units.report import DORMANT, plain_table
+from relubook.units.report import plain_table
 from relubook.units.sites import tensors_in, undisturbed, unwrapped
 
 __all__ = ["Change", "Left", "Revival", "revive_"]
@@ -113,8 +113,7 @@ def revive_(
     batch: Any = None,
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-    what: Literal["dead", "dormant"] = "dead",
-    tau: float = DORMANT,
+    tau: float | None = None,
     generator: torch.Generator | None = None,
     init: Callable[..., Any] = nn.init.kaiming_normal_,
 ) -> Revival:
@@ -152,20 +151,18 @@ def revive_(
             is the input, or a dict of keyword arguments; by default the report's ``example``.
         optimizer: The optimizer, or all of several, whose moments would go on to push the fresh
             weights.
-        what: ``"dead"`` or ``"dormant"``: units with a ``score`` up to ``tau`` too, the mean of
-            their absolute outputs over that of their layer. They are not silent, so that the
-            function moves a little. The report must come from ``diagnose(..., family="all")``.
-        tau: Largest score of a dormant unit.
+        tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
+            most this (0.025 in the paper). They are not silent, so that the function moves a bit.
         generator: Source of the fresh weights; by default a new one, seeded from the global random
             state, which is not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
-        ValueError: If there is no batch, ``what`` or ``tau`` has no such value or the report no
-            scores, the report belongs to another model, the optimizer does
-            not hold a parameter that is to be changed or is L-BFGS, or what the next layer gets on
-            the batch is not finite. Whatever is raised, model and optimizer are as before.
+        ValueError: If there is no batch, the report belongs to another model, or has no scores for
+            ``tau``, which is none itself, the optimizer does not hold a parameter that is to be
+            changed or is L-BFGS, or what the next layer gets on the batch is not finite. Whatever
+            is raised, model and optimizer are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -177,7 +174,7 @@ def revive_(
     batch = getattr(report, "example", None) if batch is None else batch
     if batch is None:
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
-    optimizers, chosen = listed(optimizer), _chosen(report, what, tau)
+    optimizers, chosen = listed(optimizer), _chosen(report, tau)
     plans, reasons = find_readers(model, report.sites, batch, chosen)
     _check_held(optimizers, plans)
     if generator is None:  # the global random state gives the seed and stays where it is
@@ -214,19 +211,15 @@ def revive_(
     return Revival(tuple(changes), tuple(left))
 
 
-def _chosen(report: Any, what: str, tau: float) -> dict[str, Tensor]:
+def _chosen(report: Any, tau: float | None) -> dict[str, Tensor]:
     """Return which units of each site are to be revived."""
-    if what not in ("dead", "dormant") or not tau >= 0:
-        raise ValueError(
-            f"what={what!r}, tau={tau!r}: say 'dead' or 'dormant', and a tau from 0 on"
-        )
-    dead = {site.name: site.dead for site in report.sites}
-    if what == "dead":
-        return dead
-    scores = {site.name: site.score for site in report.sites if site.score is not None}
-    if not scores:
-        raise ValueError("the report holds no scores: diagnose with family='all'")
-    return dead | {name: dead[name] | (score <= tau) for name, score in scores.items()}
+    chosen = {site.name: site.dead for site in report.sites}
+    if tau is not None:
+        scores = {site.name: site.score for site in report.sites if site.score is not None}
+        if not tau >= 0 or not scores:
+            raise ValueError(f"tau={tau} must be a score from 0 on, of diagnose(..., family='all')")
+        chosen |= {name: chosen[name] | (score <= tau) for name, score in scores.items()}
+    return chosen
 
 
 def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> list[Tensor]:

@@ -185,9 +185,8 @@ class SiteFinder(TorchDispatchMode):
         self._numbers = Numbering(self._modules)
         self._own_kinds = own_kinds(activations, self._modules)
         self.uncalled = dict(activations or {})
-        # The call of an own activation that is under way: what tells it, its kind, and its input
-        # with that's tag.
-        self._own: tuple[Any, Kind, Tag, Tensor] | None = None
+        # An own activation's call that is under way: its frame or depth, kind, input's tag, input.
+        self._own: tuple[FrameType | int, Kind, Tag, Tensor] | None = None
         self._handles: list[Any] = []
         self._stack: list[tuple[str, int]] = []
         self._found = 0
@@ -217,10 +216,7 @@ class SiteFinder(TorchDispatchMode):
         return {self.name_of(key): why for key, why in self._unplaced.items()}
 
     def attach(self) -> None:
-        """Register the hooks that tell which module is running.
-
-        RuntimeError if a function is to be followed, but a profiler follows all.
-        """
+        """Register the hooks that tell which module is running; RuntimeError under a profiler."""
         if any(isinstance(call, CodeType) for call in self._own_kinds):
             if sys.getprofile() is not None:
                 what = "activations names a function, whose calls a running profiler hides"
@@ -260,7 +256,7 @@ class SiteFinder(TorchDispatchMode):
 
     def begin(self, batch_size: int, inputs: Any) -> None:
         """Start a pass over a batch of so many inputs, with what the model will be called with."""
-        self.batch_size, self._own = batch_size, None
+        self.batch_size = batch_size
         self._stack.clear()
         self._numbers.clear()
         if isinstance(inputs, PackedSequence):
@@ -284,7 +280,7 @@ class SiteFinder(TorchDispatchMode):
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:
-            self._boundary = sys._getframe(2)
+            self._boundary = sys._getframe(2)  # behind the hook
         self._mark((args, kwargs), not self._stack)
         self._stack.append((name, self._found))
         self._numbers.running = name
@@ -297,36 +293,34 @@ class SiteFinder(TorchDispatchMode):
                 given = [x for x in frame.f_locals.values() if isinstance(x, Tensor | tuple | dict)]
                 self._enter_own(frame.f_code, frame, given)
             elif event == "return":
-                shown = self._own_kinds[frame.f_code][1].name
-                self._leave_own(frame, result, shown, frame.f_back)
+                self._leave_own(frame, result)
 
-    def _enter_own(self, name: str | CodeType, call: Any, given: Any) -> None:
+    def _enter_own(self, name: str | CodeType, call: FrameType | int, given: Any) -> None:
         """Keep what an own activation gets, unless it runs inside of another."""
-        if name in self._own_kinds and self._own is None:
-            x = next(tensors_in(given), None)
-            if x is not None:
-                key, kind = self._own_kinds[name]
-                self.uncalled.pop(key, None)
-                with _disable_current_modes():
-                    tag = self._numbers.of(x) or Tag(data=False)
-                    self._own = call, kind, tag, x.detach().clone()
+        own = self._own_kinds.get(name) if self._own is None else None
+        if own is not None and (x := next(tensors_in(given), None)) is not None:
+            self.uncalled.pop(own[0], None)
+            with _disable_current_modes():
+                self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
 
-    def _leave_own(self, call: Any, out: Any, shown: str, frame: FrameType | None) -> None:
+    def _leave_own(self, call: FrameType | int, result: Any) -> None:
         """Count a call of an own activation, by its input if that gave the output its units."""
         if self._own is None or self._own[0] != call:
             return
-        _, kind, given, x = self._own
-        self._own, out = None, next(tensors_in(out), None)
-        if out is None:  # the call failed
+        (_, kind, given, x), self._own = self._own, None
+        if (out := next(tensors_in(result), None)) is None:  # the call failed
             return
         if not out.is_floating_point():
-            what = f"{kind.name} returned {out.dtype}: activations are to return floating numbers"
-            raise TypeError(what)
+            raise TypeError(f"activations: {kind.name} returned {out.dtype}, not floating numbers")
+        if torch._C._functorch.is_functorch_wrapped_tensor(out):
+            return self._note(f"NOT SEEN: {kind.name} runs under vmap or another transform")
         with _disable_current_modes():
             made = self._numbers.of(out) or Tag(data=False)
             inner = made.units is not None and made.layer.source != given.layer.source
             whole = x.shape == out.shape and not inner
             tag, x = (given, x) if whole else (made, out.detach())
+            frame = call.f_back if isinstance(call, FrameType) else None
+            shown = kind.name if frame or not self._stack[-1][0] else ""
             site = self._site(shown, kind, x, tag, frame)
             if site is not None:
                 self.before(site, x)
@@ -337,9 +331,7 @@ class SiteFinder(TorchDispatchMode):
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] != name:
             return
-        if self._own is not None:
-            shown = "" if name else self._own[1].name
-            self._leave_own(len(self._stack), output, shown, sys._getframe())
+        self._leave_own(len(self._stack), output)
         numbers, first = self._numbers, args[0] if args else None
         found = self._found > self._stack.pop()[1]
         numbers.running = self._stack[-1][0] if self._stack else ""

@@ -90,41 +90,35 @@ class WatchReport(UnitListing[WatchedSite]):
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per site and window, from the first window on.
 
-        Its columns are ``site, step`` (the window's last), ``units, dead, dead_fraction, deaths``
-        and ``revivals``: the state at the end of the window, and what happened within it.
+        Its columns are ``site, step`` (the window's last), ``units, deaths, revivals`` (within it),
+        ``dead`` and ``dead_fraction`` (at its end).
         """
         pandas = require("pandas", "tables of results")
+        steps = range(self.window, self.step + 1, self.window)
+        rows = [(site.name, step, site.units) for site in self.sites for step in steps]
+        frame = pandas.DataFrame(rows, columns=["site", "step", "units"])
         counts = Counter((event.site, event.until, event.kind) for event in self.history)
-        rows = []
-        for name, units in [(site.name, site.units) for site in self.sites]:
-            dead = 0
-            for step in range(self.window, self.step + 1, self.window):
-                deaths, revivals = (counts[name, step, kind] for kind in ("death", "revival"))
-                dead += deaths - revivals
-                rows.append((name, step, units, dead, dead / max(units, 1), deaths, revivals))
-        columns = ["site", "step", "units", "dead", "dead_fraction", "deaths", "revivals"]
-        return pandas.DataFrame(rows, columns=columns)
+        for kind in ("death", "revival"):
+            frame[f"{kind}s"] = [counts[name, step, kind] for name, step, _ in rows]
+        frame["dead"] = (frame.deaths - frame.revivals).groupby(frame.site).cumsum()
+        return frame.assign(dead_fraction=frame.dead / frame.units.clip(1))
 
     def plot(self) -> Any:
-        """Draw the dead share over time, above deaths and revivals; return a matplotlib figure.
-
-        ValueError if no site is followed.
-        """
+        """Draw the dead share over time, above deaths and revivals; return a matplotlib figure."""
         if not self.sites:
             raise ValueError("no site is followed, so there is nothing to draw")
         pyplot = require("matplotlib.pyplot", "figures")
         options: Any = {"figsize": (5.2, 4.2), "height_ratios": (2, 1), "layout": "constrained"}
         figure, (above, below) = pyplot.subplots(2, 1, sharex=True, **options)
         frame = self.to_frame()
-        total = frame.groupby("step")[["units", "dead", "deaths", "revivals"]].sum()
-        edges = [0, *total.index]
-        line: Any = {"baseline": None, "clip_on": False, "zorder": 3}
+        total = frame.groupby("step").sum(numeric_only=True)
+        line: Any = {"edges": [0, *total.index], "baseline": None}
+        bars: Any = {"edges": [0, *total.index], "fill": True, "edgecolor": "white"}
         for k, (_, site) in enumerate(frame.groupby("site")):
-            label = "each site" if k == 0 else None
-            above.stairs(site.dead_fraction, edges, color="#999999", label=label, **line)
-        all_units: Any = {"color": "black", "linewidth": 3, "label": "all units"}
-        above.stairs(total.dead / total.units, edges, **all_units, **line)
-        bars: Any = {"edges": edges, "fill": True, "edgecolor": "white"}
+            label = "_" * min(k, 1) + "each site"  # in the legend once
+            above.stairs(site.dead_fraction, color="#999999", label=label, **line)
+        shares = total.dead / total.units
+        above.stairs(shares, color="black", linewidth=3, label="all units", **line)
         below.stairs(total.deaths, color="#D55E00", label="deaths", **bars)
         below.stairs(-total.revivals, color="#0072B2", hatch="////", label="revivals", **bars)
         above.set_title(f"{self.dead_fraction:.1%} of the units dead at step {self.step:,}")
