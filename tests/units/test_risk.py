@@ -141,7 +141,8 @@ def test_a_watched_site_knows_who_is_at_risk_and_who_was_dead_from_the_start():
     model, z = model_with(0, *[0.5] * 11)
     with Watch(model, window=2) as watch:
         for step in range(4):
-            model(z if step < 2 else z.index_fill(1, torch.tensor(3), -1.0))
+            silent = torch.tensor(4 if step < 2 else 3)
+            model(z.index_fill(1, silent, -1.0))
             site = watch.compute()[0] if step % 2 else None
     assert site.dead.nonzero().flatten().tolist() == [0, 3]
     assert site.at_risk.nonzero().flatten().tolist() == [1]
