@@ -31,7 +31,7 @@ from fingerprint import code_digest
 
 TAGS = {"setup", "lab", "experiment"}
 # A change to these does not make a result stale.
-ASIDE = ("_optional", "book", *(f"evidence.{m}" for m in ("_files", "claims")))
+ASIDE = ("_files", "_optional", "book", "evidence.claims")
 ASIDE += ("evidence.results",)
 
 
@@ -115,7 +115,7 @@ def compute(experiment: Experiment, folder: Path = notebooks.RESULTS) -> Path:
     import joblib
     import tqdm
 
-    from relubook.evidence._files import write_whole
+    from relubook._files import write_whole
 
     jobs = os.environ.get("RELUBOOK_JOBS") or str(joblib.cpu_count())
     if not jobs.isdecimal() or not int(jobs):
@@ -167,7 +167,7 @@ def _measure(made: Any, key: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict, fl
 
 def _resume(partial: Path, head: Mapping[str, Any]) -> dict[tuple[Any, ...], tuple[dict, float]]:
     """Return the finished cells of an interrupted computation, or start its file."""
-    from relubook.evidence._files import write_whole
+    from relubook._files import write_whole
 
     done: dict[tuple[Any, ...], tuple[dict, float]] = {}
     lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []

@@ -66,16 +66,19 @@ def results() -> list[dict[str, str]]:
 
 
 def table(rows: list[dict[str, str]], heads: dict[str, str]) -> list[str]:
-    """Return a Markdown table, and above it what most of its rows ran with."""
+    """Return a Markdown table, and above it what its rows ran with."""
     ran = [row["with"] for row in rows]
     common = max(ran, key=ran.count)
-    columns = [*heads] + (["with"] if set(ran) != {common} else [])
-    lines = [f"{'All' if 'with' not in columns else 'If nothing else is said,'} ran with {common}."]
-    lines += ["", "|" + "|".join({**heads, "with": "Other versions"}[c] for c in columns) + "|"]
-    lines += ["|" + "|".join("--:" if c == "minutes" else "---" for c in columns) + "|"]
-    for row in rows:
-        shown = row | {"with": "" if row["with"] == common else row["with"]}
-        lines.append("|" + "|".join(shown[c] for c in columns) + "|")
+    others = {
+        with_: ", ".join(row["name"] for row in rows if row["with"] == with_)
+        for with_ in ran
+        if with_ != common
+    }
+    lines = [f"{'Most' if others else 'All'} ran with {common}.", ""]
+    lines += [f"With {with_}: {names}." for with_, names in others.items()]
+    lines += ["", "|" + "|".join(heads.values()) + "|"]
+    lines += ["|" + "|".join("--:" if c == "minutes" else "---" for c in heads) + "|"]
+    lines += ["|" + "|".join(row[c] for c in heads) + "|" for row in rows]
     return [*lines, ""]
 
 
@@ -89,6 +92,6 @@ class LastRun(SphinxDirective):
         lines += table(notebooks(), {"name": "Notebook", "day": "Outputs stored"})
         lines += ["## Stored results", ""]
         lines += ["What takes longer than a reader waits was computed once and stored.", ""]
-        heads = {"name": "Result", "day": "Computed", "minutes": "Minutes of one core"}
+        heads = {"name": "Result", "day": "Day", "minutes": "Minutes, one core"}
         lines += table(results(), heads)
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)

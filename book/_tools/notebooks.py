@@ -32,7 +32,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from relubook.evidence._files import write_whole
+from relubook._files import write_whole
 from relubook.evidence.claims import ledger
 
 ROOT = Path(__file__).resolve().parents[2]

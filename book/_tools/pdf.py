@@ -71,7 +71,8 @@ def article(site: Path, page: str, pages: set[str], base: str) -> Tag:
     for node in text.select("[id]"):
         node["id"] = f"{own}--{node['id']}"
     for node in text.select("details"):
-        node["open"] = ""
+        if not node.find_parent(class_="claim-row"):  # a row of the ledger folds its evidence
+            node["open"] = ""
     for node in text.select("[src]"):
         node["src"] = urljoin(f"/{page}.html", str(node["src"]))
         if node.name == "img":
@@ -92,6 +93,11 @@ def article(site: Path, page: str, pages: set[str], base: str) -> Tag:
         node["href"] = f"#{own}--{str(node['href'])[1:]}"
     section = soup.new_tag("section", id=own)
     section["class"] = "chapter"
+    for link in soup.select("link[rel=stylesheet]")[1:]:  # the first is every page's
+        sheet = site / page / ".." / str(link["href"]).partition("?")[0]
+        style = soup.new_tag("style")
+        style.string = f"#{own} {{ {sheet.resolve().read_text(encoding='utf-8')} }}"
+        section.append(style)
     section.append(text)
     return section
 
@@ -116,12 +122,10 @@ def document(site: Path, listed: Parts, numbers: dict[str, int]) -> str:
             )
             texts.append(str(text))
         contents.append(f'<p class="part">{html.escape(caption)}</p><ul>{"".join(rows)}</ul>')
-    styles = "".join(
-        f'<link rel="stylesheet" href="/_static/{name}.css"/>' for name in ("site", "explorables")
-    )
     return (
         '<!DOCTYPE html><html lang="en" data-theme="light"><head><meta charset="utf-8"/>'
-        f"<title>{html.escape(title.split(' — ')[-1])}</title>{styles}<style>{STYLE}</style>"
+        f"<title>{html.escape(title.split(' — ')[-1])}</title>"
+        f'<link rel="stylesheet" href="/_static/site.css"/><style>{STYLE}</style>'
         f"<script>{MATHJAX}</script>"
         '<script defer src="/_static/mathjax/startup.js"></script></head><body>'
         f'<div class="cover"><img src="/_static/logo.svg" alt=""/><p>The ReLU Book</p>'
@@ -136,12 +140,9 @@ def document(site: Path, listed: Parts, numbers: dict[str, int]) -> str:
 def first_pages(path: Path) -> dict[str, int]:
     """Return on which page each named place of a PDF stands."""
     reader = PdfReader(path)
-    found = {}
-    for name, place in reader.named_destinations.items():
-        number = reader.get_destination_page_number(place)
-        if number is not None:
-            found[name.lstrip("/")] = number + 1
-    return found
+    numbers = {page.indirect_reference: n for n, page in enumerate(reader.pages, start=1)}
+    places = reader.named_destinations.items()
+    return {name.lstrip("/"): numbers[place["/Page"].indirect_reference] for name, place in places}
 
 
 def make(site: Path, path: Path, listed: Parts, browser: Browser) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "relubook"
-ROOMS = ("layers", "units", "training", "evidence", "chapters")
+ROOMS = ("layers", "units", "training", "integrations", "evidence", "chapters")
 
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 Convert = Callable[[str, str], list[str]]

@@ -18,7 +18,7 @@ from typing import Any
 import notebooks
 from notebooks import failures_of, fingerprint, python_of, read_source, verdicts_of
 
-from relubook.evidence._files import write_whole
+from relubook._files import write_whole
 
 REPLICATIONS = notebooks.RESULTS / "replications.json"
 BASES = (1_000_000, 2_000_000, 3_000_000)

@@ -399,11 +399,16 @@ def test_a_finger_drags_the_start(browser, address):
         box = start.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         before = start.get_attribute("aria-valuetext")
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x - 60, y + 10, steps=4)
-        page.mouse.up()
+        top = page.evaluate("scrollY")
+        finger = visit.context.new_cdp_session(page)
+        for kind, reached in [("Start", [0]), ("Move", range(15, 75, 15)), ("End", [])]:
+            for way in reached or [None]:
+                points = [] if way is None else [{"x": x - way, "y": y + way / 2}]
+                finger.send(
+                    "Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points}
+                )
         assert start.get_attribute("aria-valuetext") != before
+        assert page.evaluate("scrollY") == top
         action = page.evaluate("getComputedStyle(document.querySelector('.rb-start')).touchAction")
         assert action == "none"
 

@@ -1,8 +1,6 @@
 """The project's own files keep step with each other."""
 
 import importlib
-import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +19,6 @@ import yaml
 from torch import nn
 
 import relubook
-from relubook.evidence.claims import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -143,6 +140,14 @@ def test_missing_extra_names_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "seaborn", None)
     with pytest.raises(ImportError, match=r'pip install "relubook\[figures\]"'):
         require("seaborn", "figures")
+
+
+def test_type_checkers_see_the_public_names():
+    stub = (Path(relubook.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    listed = re.findall(r"^from relubook\.(\S+) import (\w+) as \2$", stub, re.M)
+    for home, name in listed:
+        assert relubook._HOME[name] in (home, f"{home}.{name}")
+    assert sorted(name for _, name in listed) == relubook.__all__
 
 
 def test_public_names_are_there_and_documented():
@@ -317,40 +322,3 @@ def test_old_python_gets_one_clear_sentence():
     assert result.returncode == 1
     assert result.stderr.startswith("This book needs Python 3.11 or newer")
     assert len(result.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_an_installed_wheel_has_what_it_reads(tmp_path):
-    """The ledger, stored results and the table of names work outside of the repository."""
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob(f"relubook-{relubook.__version__}-py3-*.whl")
-    target = tmp_path / "site"
-    put = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
-    subprocess.run(put, check=True)
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("RELUBOOK")}
-
-    def run(*arguments):
-        command = [sys.executable, "-W", "error", *arguments]
-        where = variables | {"PYTHONPATH": str(target)}
-        return subprocess.check_output(command, cwd=tmp_path, env=where, text=True)
-
-    assert json.loads(run("-m", "relubook", "claims", "--json")) == ledger()
-    code = (
-        "import sys, torch, relubook\n"
-        "from pathlib import Path\n"
-        "from relubook.evidence.results import load\n"
-        "assert Path(relubook.__file__).is_relative_to(sys.argv[1]), relubook.__file__\n"
-        "for name in sys.argv[2:]:\n"
-        "    assert load(name).cells, name\n"
-        "from torch import nn\n"
-        "model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))\n"
-        "optimizer = torch.optim.Adam(model.parameters())\n"
-        "batch = torch.randn(20, 3)\n"
-        "loader = [batch]\n"
-        f"{readme_example()}\n"
-        "print(report['1'].inputs)\n"
-    )
-    stored = {path.stem for path in (ROOT / "book" / "results").glob("*.json")} - {"replications"}
-    assert stored
-    assert run("-c", code, target, *sorted(stored)) == "20\n"

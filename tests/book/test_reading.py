@@ -55,6 +55,16 @@ def test_pdf_holds_every_page_but_the_package_s():
     assert printed == [page for page in toc if not page.startswith("book/api")]
 
 
+def test_pdf_prints_the_ledger_s_rows_folded_and_in_their_own_style(site):
+    ledger = pdf.article(site, "book/claims", set(), "")
+    rows = ledger.select(".claim-row details")
+    assert len(rows) > 100
+    assert not any(row.has_attr("open") for row in rows)
+    assert any(".claim-row" in style.string for style in ledger.select("style"))
+    chapter = pdf.article(site, "book/how-units-die", set(), "")
+    assert all(solution.has_attr("open") for solution in chapter.select("details.solution"))
+
+
 def test_pdf_is_made_and_linked(site):
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
     runs = [step.get("run") for step in steps["test"]["steps"]]

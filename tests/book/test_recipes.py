@@ -21,6 +21,8 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning", "ignore:.pin_memory")
+@pytest.mark.filterwarnings("ignore:.*many workers", "ignore:The number of training batches")
 def test_recipe_runs(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (first,) = blocks(SECTIONS[0])

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -152,20 +153,20 @@ class Residual(Tapped):
     class Block(Tapped):
         def __init__(self, name: str) -> None:
             super().__init__()
-            self.name, self.calls = name, 0
+            self.name = name
             self.bn, self.conv = nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3, padding=1)
 
-        def forward(self, x: Tensor, call: int) -> Tensor:
-            out = F.relu(self.tap(f"{self.name}.relu()#{2 * call - 1}", self.bn(x)))
+        def forward(self, x: Tensor) -> Tensor:
+            out = F.relu(self.tap(f"{self.name}.relu()#1", self.bn(x)))
             out = self.conv(out) + x
-            return F.relu(self.tap(f"{self.name}.relu()#{2 * call}", out))
+            return F.relu(self.tap(f"{self.name}.relu()#2", out))
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.block = nn.Conv1d(2, 4, 1), self.Block("block")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.block(self.stem(x), 1), 2)
+        return self.block(self.block(self.stem(x)))
 
 
 class Branches(Tapped):
@@ -860,10 +861,17 @@ def test_images_without_a_layer_are_ambiguous():
     assert report["0"].units == 3
 
 
-def test_units_must_not_change_their_number():
-    batches = [torch.randn(2, 5, 4), torch.randn(2, 6, 4)]
-    with pytest.raises(ValueError, match="5 units before and has 6"):
-        diagnose(Scores(), batches, unit_dim={"relu()#2": 1})
+@pytest.mark.parametrize("again", [False, True])
+def test_units_must_not_change_their_number(again):
+    batches = [torch.randn(2, 5, 4), torch.randn(2, 6, 4)] + [torch.randn(2, 5, 4)] * again
+    model = Scores()
+    report = diagnose(model, batches, unit_dim={"relu()#2": 1})
+    assert [site.name for site in report] == ["relu()#1"]
+    assert report[0].fired.tolist() == sum((model.fc(x) > 0).sum((0, 1)) for x in batches).tolist()
+    shape = r"'relu\(\)#2': shape \(2, 6, 6\)"
+    assert re.search(shape + ": it had 5 units before and has 6 now", repr(report))
+    with pytest.raises(AmbiguousUnitsError, match="5 units before and has 6"):
+        diagnose(model, batches, unit_dim={"relu()#2": 1, "relu()#1": None})
 
 
 def test_clamps_of_integers_and_weights_are_no_rectifiers():

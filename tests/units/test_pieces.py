@@ -251,7 +251,7 @@ def test_revive_leaves_pieces_and_says_so():
     assert torch.equal(model(x), before)
     (left,) = revival.left
     assert (left.site, left.units) == ("0.maxout()", 0)
-    assert "left: 0.maxout(), 0 dead: its pieces that never win are no dead units" in repr(revival)
+    assert "left: 0.maxout(), 0 units: its pieces that never win are no dead units" in repr(revival)
     assert not revive_(LINES, diagnose(with_lines([1.0, -1.0], [0.0, 0.0]), X), X).left
 
 

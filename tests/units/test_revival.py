@@ -32,10 +32,40 @@ def settle(model, seed=0):
                         tensor.copy_(torch.randn(tensor.shape, generator=generator))
                 if module.running_var is not None:
                     module.running_var.uniform_(0.5, 2.0, generator=generator)
+            elif isinstance(module, FrozenBatchNorm):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator))
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
             elif hasattr(module, "reset_parameters") and not isinstance(module, nn.LayerNorm):
                 for p in module.parameters(recurse=False):
                     p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 1) ** 0.5)
     return model.eval()
+
+
+class FrozenBatchNorm(nn.Module):
+    """As torchvision's FrozenBatchNorm2d: buffers only."""
+
+    def __init__(self, units):
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            self.register_buffer(name, torch.full((units,), value))
+            self.register_buffer(
+                f"running_{'var' if value else 'mean'}", torch.full((units,), value)
+            )
+
+    def forward(self, x):
+        weight, bias, mean, var = (
+            t.reshape(1, -1, 1, 1)
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def gpt2_mlp():
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(6, 4), nn.ReLU(), Conv1D(5, 6), nn.ReLU(), Conv1D(2, 5))
 
 
 def kill(layer, units):
@@ -217,6 +247,17 @@ KEPT = {
     "norm of columns": (
         lambda: image_net(flat=nn.Flatten(), norm=nn.BatchNorm1d(96), head=nn.Linear(96, 2)),
         "conv", X2, False),
+    "Conv1D of GPT-2": (gpt2_mlp, "0", (16, 5, 4), True),
+    "Conv1D behind a norm": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), gpt2_mlp()[2]),
+        "0", (64, 4), False),
+    "frozen norm before": (
+        lambda: nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), FrozenBatchNorm(6), nn.ReLU(),
+                              nn.Conv2d(6, 2, 1)),
+        "1", X2, True),
+    "frozen norm after": (
+        lambda: image_net(norm=FrozenBatchNorm(6), next=nn.Conv2d(6, 4, 3, groups=2)),
+        "conv", X2, False),
     "instance norm": (
         lambda: image_net(norm=nn.InstanceNorm2d(6, affine=True), next=nn.Conv2d(6, 4, 3)),
         "conv", X2, False),
@@ -261,7 +302,7 @@ def test_revived_units_learn_from_the_second_step_on(name):
     x = randn(*shape)
     revival = revive_(model, diagnose(model, [x]), generator=seeded(1), batch=x)
     change = revival.changes[0]
-    incoming = model.get_submodule(change.producer).weight
+    layer = model.get_submodule(change.producer)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     sizes = []
     for _ in range(2):
@@ -270,7 +311,8 @@ def test_revived_units_learn_from_the_second_step_on(name):
         outgoing = sum(
             float(model.get_submodule(n).weight.grad.abs().sum()) for n in change.consumers
         )
-        rows = incoming.grad[change.units].abs().flatten(1).sum(1)
+        rows = layer.weight.grad.movedim(int(type(layer).__name__ == "Conv1D"), 0)
+        rows = rows[change.units].abs().flatten(1).sum(1)
         sizes.append((outgoing, rows))
         optimizer.step()
     assert sizes[0][0] > 0
@@ -486,7 +528,20 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
-class FrozenBatchNorm(nn.Module):
+class SumOfNorms(nn.Module):
+    """The rectifier gets a sum of which one part comes from a layer norm, or a shifted layer."""
+
+    def __init__(self, shift=None):
+        super().__init__()
+        self.fc, self.other, self.next = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.shift = nn.LayerNorm(4), shift
+
+    def forward(self, x):
+        other = self.norm(self.other(x)) if self.shift is None else self.shift
+        return self.next(F.relu(other + self.fc(x)))
+
+
+class Scale(nn.Module):
     def __init__(self, units):
         super().__init__()
         for name in ("weight", "bias"):
@@ -569,12 +624,13 @@ LEFT = {
     "behind a sum, function": (lambda: BehindSum(True), "fc", "^a sum .* lies between"),
     "behind a sum, norm": (
         lambda: BehindSum(True, nn.BatchNorm1d(4)), "norm", "^a sum .* lies between"),
+    "behind a sum with a norm": (SumOfNorms, "fc", "^a sum .* lies between"),
+    "behind a shift": (lambda: SumOfNorms(torch.ones(4)), "fc", r"^add\(\) lies between"),
     "Conv1D": (lambda: chain(nn.ReLU(), nn.Linear(4, 4), first=Conv1D(4, 4)), "fc",
                "'fc' is a Conv1D; linear layers"),
     "next Conv1D": (lambda: chain(nn.ReLU(), Conv1D(4, 4)), "fc", "reach 'm1' .Conv1D."),
-    "FrozenBatchNorm": (
-        lambda: chain(FrozenBatchNorm(4), nn.ReLU(), nn.Linear(4, 4)), "fc",
-        "^'m0' .FrozenBatchNorm. lies between"),
+    "scale": (
+        lambda: chain(Scale(4), nn.ReLU(), nn.Linear(4, 4)), "fc", "^'m0' .Scale. lies between"),
     "layer twice": (lambda: Twice("layer"), "fc", "2 rectifier sites"),
     "next twice": (lambda: Twice("next"), "fc", "'next' is called 2 times"),
     "output read": (lambda: Reads("output"), "fc", "goes to 2 places"),
@@ -735,6 +791,146 @@ def test_units_are_followed_through_control_flow_on_values():
     assert not any(site.dead.any() for site in again.sites)
 
 
+# --- dormant units ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, lambda: nn.LeakyReLU(0.01)])
+def test_dormant_units_are_those_of_redo_and_are_cut(activation):
+    model, x = mlp().double(), randn(64, 4).double()
+    model.relu, model.relu2 = activation(), activation()
+    with torch.no_grad():
+        model.one.weight[2], model.one.bias[2] = 1e-3, 1e-3  # fires, but hardly
+        model.two.bias[1] = -1000.0
+        if activation is not nn.ReLU:
+            model.two.weight[1] = model.two.bias[1] = -1e-4
+    report = diagnose(model, [x], family="all")
+    with torch.no_grad():
+        h = [model.relu(model.one(x))]
+        h.append(model.relu2(model.two(h[0])))
+        means = [a.abs().mean(0) for a in h]
+        dormant = [mean / mean.mean() <= 0.05 for mean in means]
+        assert dormant[0][2]
+        assert dormant[1][1]
+        cut = copy.deepcopy(model)
+        for reader, units in ((cut.two, dormant[0]), (cut.head, dormant[1])):
+            reader.weight[:, units] = 0.0
+        optimizer = torch.optim.Adam(model.parameters())
+        revival = revive_(model, report, x, tau=0.05, optimizer=optimizer)
+        assert [c.units.tolist() for c in revival.changes] == [
+            units.nonzero().flatten().tolist() for units in dormant
+        ]
+        assert not revival.left
+        # The first layer's fresh units are cut off, so only its cut shows.
+        for module in (cut.one, cut.two):
+            units = dormant[module is cut.two]
+            for name in ("weight", "bias"):
+                getattr(module, name)[units] = getattr(model.get_submodule(
+                    "two" if module is cut.two else "one"), name)[units]  # fmt: skip
+        assert same(cut.state_dict(), model.state_dict())
+        assert torch.equal(cut(x), model(x))
+
+
+def test_revived_dormant_units_are_dormant_no_more():
+    model, x = mlp(64), randn(256, 4)
+    with torch.no_grad():
+        model.one.weight[:32] *= 1e-3
+        model.one.bias[:32] = 1e-4
+    report = diagnose(model, [x], family="all")
+    assert int(report["relu"].dormant.sum()) >= 32
+    assert not report["relu"].dead[:32].any()
+    assert revive_(model, report, x).total == int(sum(site.dead.sum() for site in report))
+    revive_(model, report, x, tau=0.025)
+    assert not diagnose(model, [x], family="all")["relu"].dormant[:32].any()
+
+
+def test_dormant_units_behind_a_norm_that_enlarges_them_are_left():
+    model, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)),
+        randn(64, 4),
+    )
+    with torch.no_grad():
+        model[0].weight[0] *= 1e-3
+        model[0].bias[0] = 1e-4
+    model.train()(x)
+    model.eval()
+    before = state_of(model)
+    revival = revive_(model, diagnose(model, [x], family="all"), x, tau=0.025)
+    assert "behind a norm, are not 0 to '3'" in revival.left[0].reason
+    assert same(before, state_of(model))
+
+
+def test_dead_units_behind_dormant_ones_are_revived_too():
+    model, x = mlp(), randn(64, 4)
+    with torch.no_grad():
+        model.one.weight[0], model.one.bias[0] = 0.0, 1e-2
+        model.two.bias[1] = -1000.0
+    report = diagnose(model, [x], family="all")
+    revival = revive_(model, report, x, tau=0.025)
+    assert [change.site for change in revival.changes] == ["relu", "relu2"]
+    assert not any(site.dead.any() for site in diagnose(model, [x]))
+
+
+def test_bad_choices_of_units_raise():
+    model, x = mlp(), randn(64, 4)
+    report = diagnose(model, [x])
+    scored = diagnose(model, [x], family="all")
+    for wrong, tau in ((scored, -1.0), (scored, float("nan")), (report, 0.1)):
+        with pytest.raises(ValueError, match=f"tau={tau} must be a score from 0 on, of diagnose"):
+            revive_(model, wrong, x, tau=tau)
+
+
+# --- layers of transformers -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_units_of_gpt2_fire_again_and_its_function_stays():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=30, n_positions=8, n_embd=8, n_layer=2, n_head=2, activation_function="relu",
+        use_cache=False,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(30, (16, 8), generator=seeded())
+    for block in model.transformer.h:
+        kill(block.mlp.c_fc, [0, 5, 31])
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    report = diagnose(model, [tokens])
+    before = model(tokens).logits
+    revival = revive_(model, report, tokens, optimizer=optimizer)
+    assert [change.consumers for change in revival.changes] == [
+        (f"transformer.h.{k}.mlp.c_proj",) for k in range(2)
+    ]
+    assert (revival.total, revival.silent, revival.left) == (6, 0, ())
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(site.dead.any() for site in diagnose(model, [tokens]))
+    moments = optimizer.state[model.transformer.h[0].mlp.c_fc.weight]["exp_avg"]
+    assert bool((moments[:, [0, 5, 31]] == 0).all())
+    moments = optimizer.state[model.transformer.h[0].mlp.c_proj.weight]["exp_avg"]
+    assert bool((moments[[0, 5, 31]] == 0).all())
+    moments = optimizer.state[model.transformer.h[0].mlp.c_fc.bias]["exp_avg"]
+    assert (moments == 0).nonzero().flatten().tolist() == [0, 5, 31]
+
+
+def test_units_behind_detrs_frozen_norm_fire_again():
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    model = settle(nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=False), detr.DetrFrozenBatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    ))  # fmt: skip
+    kill(model[1], [1, 4])
+    x = randn(*X2)
+    report, before = diagnose(model, [x]), model(x)
+    assert report["2"].producer == "1"
+    revival = revive_(model, report, x, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (revival.changes[0].producer, revival.changes[0].before) == ("0", "1")
+    assert (revival.total, revival.silent) == (2, 0)
+    assert torch.equal(model(x), before)
+    z = model[1](model[0](x))[:, [1, 4]].detach()
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.var((0, 2, 3), correction=0), torch.ones(2), rtol=1e-3, atol=0)
+
+
 # --- the optimizer ----------------------------------------------------------------------------
 
 
@@ -855,6 +1051,30 @@ def test_an_optimizer_of_other_parameters_raises_before_anything_changes():
         with pytest.raises(error, match=message):
             revive_(model, report, optimizer=wrong)
     assert same(before, state_of(model, optimizer))
+
+
+def test_each_of_several_optimizers_starts_anew_where_it_holds_what_changed():
+    model, optimizer, x = trained("adam")
+    twin, past = copy.deepcopy((model, optimizer))
+    report, state = diagnose(model, [x]), copy.deepcopy(past.state_dict())
+    parts = [torch.optim.Adam(m.parameters(), amsgrad=True) for m in (model.one, model.two)]
+    parts.append(torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9))
+    for part, (start, end) in zip(parts[:2], ((0, 2), (2, 4)), strict=True):
+        part.load_state_dict({
+            "state": {i - start: state["state"][i] for i in range(start, end)},
+            "param_groups": [{**state["param_groups"][0], "params": [0, 1]}],
+        })  # fmt: skip
+    with pytest.raises(ValueError, match="the optimizers do not hold 'two.weight'$"):
+        revive_(model, report, x, optimizer=parts[::2])
+    with pytest.raises(TypeError, match="optimizer is a str"):
+        revive_(model, report, x, optimizer=[parts[0], "adam"])
+    revive_(twin, report, x, optimizer=past, generator=seeded(1))
+    revive_(model, report, x, optimizer=parts, generator=seeded(1))
+    assert same(state_of(twin), state_of(model))
+    expected, held = past.state_dict()["state"], [part.state_dict()["state"] for part in parts[:2]]
+    for i in range(4):
+        for key, value in expected[i].items():
+            assert torch.equal(value, held[i // 2][i % 2][key])
 
 
 def test_whatever_fails_midway_is_rolled_back(monkeypatch):

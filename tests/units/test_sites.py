@@ -90,6 +90,60 @@ def test_a_rectifier_shared_by_residual_blocks_is_a_site_of_each():
         assert site.fired.tolist() == (x > 0).sum(0).tolist()
 
 
+def test_calls_of_a_shared_module_are_one_site_whoever_makes_them():
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), Call(F.relu, 3))
+            self.cell, self.act = nn.RNNCell(3, 4, nonlinearity="relu"), nn.ReLU()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            one = self.tower(x)
+            two = self.tower(y.reshape(-1, 5))
+            h = self.cell(one)
+            h = self.cell(two.view(len(x), 2, 3)[:, 0], h)
+            return self.act(h) + self.act(-h)  # which one unit of the cell fires differs
+
+    model, seen = Twins(), dict[str, list[Tensor]]()
+    layers = {"tower.1": model.tower[0], "tower.2": model.tower[2].fc, "cell": model.cell}
+    for name, layer in layers.items():
+        layer.register_forward_hook(
+            lambda module, args, out, name=name: seen.setdefault(name, []).append(out)
+        )
+    batches = [{"x": torch.randn(n, 5), "y": torch.randn(n, 2, 5)} for n in (4, 3)]
+    report = diagnose(model, batches)
+    fired = {name: (torch.cat(out) > 0).sum(0).tolist() for name, out in seen.items()}
+    fired["tower.2.relu()"], fired["cell.relu()"] = fired.pop("tower.2"), fired.pop("cell")
+    assert [site.name for site in report] == [*fired, "act#1", "act#2"]
+    for name, counts in fired.items():
+        assert report[name].fired.tolist() == counts
+        assert (report[name].inputs, report[name].calls) == (7, 4)
+    assert report["tower.1"].observations == 7 + 14
+    assert report["act#2"].dead.all()
+
+
+def test_a_shared_module_fed_from_elsewhere_is_another_site():
+    """Concatenated ReLU, and pre-activation: what differs is not who calls, but what is fed."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.two = nn.Linear(5, 5), Call(F.relu, 5)
+            self.act = nn.Sequential(nn.ReLU(), nn.Linear(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            return self.act(x) + self.act(-x) + self.act(self.two(x))
+
+    model, x = Shared(), torch.randn(6, 5)
+    report = diagnose(model, [x])
+    y = model.fc(x)
+    expected = [y, -y, model.two.fc(y), model.two(y)]
+    assert [site.name for site in report] == ["act.0#1", "act.0#2", "two.relu()", "act.0#3"]
+    for site, z in zip(report, expected, strict=True):
+        assert site.fired.tolist() == (z > 0).sum(0).tolist()
+
+
 def test_units_that_meet_in_different_dimensions_are_unknown():
     class Outer(nn.Module):
         def __init__(self) -> None:

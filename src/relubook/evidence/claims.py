@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relubook._files import write_whole
 from relubook._optional import require
-from relubook.evidence._files import write_whole
 from relubook.evidence.card import KINDS, card, number
 from relubook.evidence.statistics import Range, finite_samples, interval
 

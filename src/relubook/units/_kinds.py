@@ -1,12 +1,19 @@
 """The members of the rectifier's family, by the operators that compute them."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
+from types import CodeType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+Activations = Mapping[Any, str | Callable[[Tensor], Tensor]] | None
+Calls = dict[str | CodeType, tuple[Any, "Kind"]]
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Kind:
     # For the pieces of maxout, the dimension along which those of a unit lie. A piece counts as
     # firing where it wins: where it attains the maximum.
     dim: int | None = None
+    silent: Callable[[Tensor], Tensor] | None = None  # tells where an output is silent, if not at 0
 
     def fires(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Return where a unit is not silent, never at NaN; ``out`` counts if ``by_output``."""
@@ -27,7 +35,11 @@ class Kind:
             return x > self.level
         if self.dim is not None:
             return x == out.unsqueeze(self.dim)
-        return (out != 0) & ~out.isnan()
+        silent = out == 0 if self.silent is None else self.silent(out)
+        if getattr(silent, "dtype", None) != torch.bool or silent.shape != out.shape:
+            what = f"activations: the rule for {self.name} must return a bool tensor"
+            raise ValueError(f"{what} of its output's shape {tuple(out.shape)}, true where silent")
+        return ~silent & ~out.isnan()
 
 
 def is_zero(value: Any) -> bool:
@@ -82,3 +94,35 @@ def classify(operator: str, bound: Mapping[str, Any]) -> Kind | None:
     """Return the kind of an operator with these arguments; ``None`` outside the family."""
     kind = FAMILY.get(operator)
     return kind(bound) if callable(kind) else kind
+
+
+RULES: dict[str, Callable[[str], Kind]] = {"silent where 0": by_output, "never silent": smooth}
+
+
+def own_kinds(activations: Activations, modules: Mapping[str, nn.Module]) -> Calls:
+    """Return the key and the kind of each module, by name, and function, by code, that are named.
+
+    TypeError for a key that nothing can be told by, ValueError for an unknown rule.
+    """
+    if not isinstance(activations, Mapping | None):
+        raise TypeError(f"activations must be a mapping, not a {type(activations).__name__}")
+    found: Calls = {}
+    for key, rule in (activations or {}).items():
+        if not callable(rule) and rule not in list(RULES):
+            what = f"activations[{key!r}] must be in {list(RULES)}"
+            raise ValueError(f"{what}, or a function of the output")
+        kind = RULES[rule] if isinstance(rule, str) else partial(by_output, silent=rule)
+        parents = key.__mro__ if isinstance(key, type) else ()
+        function = key.forward if torch.autograd.Function in parents else key
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if isinstance(key, str | nn.Module) or nn.Module in parents:
+            for name, module in modules.items():
+                fits = fnmatchcase(name, key) if isinstance(key, str) else module is key
+                if fits or (parents and isinstance(module, key)):
+                    found.setdefault(name, (key, kind(type(module).__name__)))
+        elif isinstance(code, CodeType):
+            found[code] = key, kind(key.__name__)
+        else:
+            what = "a module, its class or its name, a Python function or an autograd.Function"
+            raise TypeError(f"activations names {key!r}, which is none of: {what}")
+    return found

@@ -6,7 +6,7 @@ anew. They are expanded from a few numbers (with stride 0), and so cost next to 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -39,7 +39,17 @@ FACTORS = {
     "addmm": ("mat1", "mat2"),
     "baddbmm": ("batch1", "batch2"),
 }
-CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+def told_by(test: Callable[[Any], bool]) -> Any:
+    """Return a class whose instances are the objects that pass a test."""
+    return type("Told", (type,), {"__instancecheck__": lambda _, x: test(x)})("Told", (), {})
+
+
+_FROZEN = ("weight", "bias", "running_mean", "running_var")
+# Of buffers alone, as torchvision, transformers and detectron2 write it.
+FrozenBatchNorm = told_by(lambda x: all(name in getattr(x, "_buffers", ()) for name in _FROZEN))
+CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBatchNorm)
 WHOLE = (nn.Linear, nn.modules.conv._ConvNd, *CHANNELED, nn.LayerNorm, nn.Embedding)
 LAYERS = (*WHOLE, nn.RNNBase, nn.RMSNorm)
 """Modules whose output has units of its own."""

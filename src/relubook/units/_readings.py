@@ -1,6 +1,7 @@
 """Find out where in a model hooks can read what each site gets, and read its peaks there."""
 
 import contextlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,10 +26,12 @@ class Followed:
     peak: Tensor  # (units,)
     dead: Tensor  # bool, (units,), on the CPU: silent in the last window that reached it
     name: str = ""
+    born_dead: Tensor | bool = True  # bool, (units,), on the CPU: silent in every window
     # For each place that feeds it, and each call there (from 1) that does, the dimension of the
     # units in the tensor, counted from the end.
     ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False  # whether a call was fed from where no hook sees it
+    fires: Callable[[Tensor, Tensor], Tensor] | None = None  # if its output is read, not its input
 
 
 def channel_peak(x: Tensor, dim: int) -> Tensor:
@@ -92,7 +95,10 @@ class Reader(Hook):
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
             self.strange = True
         elif x.numel():
-            torch.maximum(peak, channel_peak(x.detach(), way), out=peak)
+            x = x.detach()
+            if self.site.fires is not None:
+                x = x.abs() * self.site.fires(x, x)
+            torch.maximum(peak, channel_peak(x, way), out=peak)
 
     def usual(self) -> bool:
         """End a pass: tell whether it called the module as the audit's did, or not at all."""
@@ -114,6 +120,7 @@ class Audit(SiteFinder):
         self.found: dict[Any, Followed] = {}  # by key, in the order of their first calls
         self.counts: Counter[Place] = Counter()  # how often each place was passed
         self._seen: dict[int, list[tuple[Place, int, Tensor, int]]] = defaultdict(list)
+        self._outputs: list[tuple[Site, Tensor, int]] = []  # those that places will see
 
     def run(self, module: nn.Module, batch_size: int, args: Any, kwargs: Any) -> None:
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
@@ -126,9 +133,12 @@ class Audit(SiteFinder):
                 self.begin(batch_size, (args, kwargs))
                 with self:
                     module(*args, **kwargs)
+            for output in self._outputs:
+                self._find(*output)
         finally:
             Audit.running = False
             self._seen.clear()
+            self._outputs.clear()
 
     def attach(self) -> None:
         """Register the hooks, those of all places too."""
@@ -152,14 +162,25 @@ class Audit(SiteFinder):
         """Note a call of a site, and the latest place that saw its input as it is now."""
         if site.kind.dim is not None:
             return self._note("Which pieces of maxout win is not followed: diagnose counts it.")
+        band = site.kind.level == -math.inf
         if site.key not in self.found:
             wide = x.dtype if x.dtype == torch.float64 else torch.float32
             peak = torch.full((site.units,), -torch.inf, dtype=wide, device=x.device)
             dead = torch.zeros(site.units, dtype=torch.bool, device="cpu")
-            self.found[site.key] = Followed(site.kind.level, peak, dead)
+            self.found[site.key] = Followed(0.0 if band else site.kind.level, peak, dead)
+            self.found[site.key].fires = site.kind.fires if band else None
+        if not band:
+            self._find(site, x, x._version)
+
+    def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
+        """Keep an output that alone tells whether the site is silent."""
+        if site.kind.level == -math.inf:
+            self._outputs.append((site, out, out._version))
+
+    def _find(self, site: Site, x: Tensor, version: int) -> None:
         followed = self.found[site.key]
-        for place, call, seen, version in reversed(self._seen[_address(x)]):
-            way = _way(site, x, seen) if x._version == version else None
+        for place, call, seen, then in reversed(self._seen[_address(x)]):
+            way = _way(site, x, seen) if then == version else None
             if way is not None:
                 followed.ways[place][call] = way
                 return

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relubook.units._listing import SiteListing, plain_table
 from relubook.units.readers import is_plain
-from relubook.units.report import SiteListing, plain_table
 
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
 

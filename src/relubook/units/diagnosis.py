@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
+from relubook.units._kinds import Activations
 from relubook.units._numbers import core
 from relubook.units.report import Report, SiteReport, silence_bound
 from relubook.units.sites import AmbiguousUnitsError, Site, SiteFinder, tensors_in, unwrapped
@@ -41,11 +42,6 @@ class _Counter(SiteFinder):
         if site.key not in self.counts:
             self.counts[site.key] = self._fresh(site, x)
         count = self.counts[site.key]
-        if count.units != site.units:
-            raise ValueError(
-                f"{self.name_of(site.key)} had {count.units} units before and has {site.units} now "
-                f"(shape {tuple(x.shape)}): say along which dimension they lie by unit_dim"
-            )
         count.calls += 1
         if site.key not in self._now:
             reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
@@ -84,6 +80,7 @@ class _Counter(SiteFinder):
             silences=site.kind.silences,
             shape=tuple(x.shape),
             location=site.location,
+            fixed=not site.data,
         )
 
     def _add(self, site: Site, fires: Tensor) -> None:
@@ -115,8 +112,9 @@ class _Counter(SiteFinder):
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:
-        """Return what was counted, by site."""
-        named = ({**vars(c), "name": self.name_of(key)} for key, c in self.counts.items())
+        """Return what was counted, by site, without those whose units changed their number."""
+        told = {key: count for key, count in self.counts.items() if key not in self._unplaced}
+        named = ({**vars(c), "name": self.name_of(key)} for key, c in told.items())
         return [SiteReport(**tree_map_only(Tensor, Tensor.cpu, fields)) for fields in named]
 
 
@@ -129,6 +127,7 @@ def diagnose(
     family: Literal["rectifiers", "all"] = "rectifiers",
     unit_dim: int | Mapping[str, int | None] | None = None,
     batch_dim: int = 0,
+    activations: Activations = None,
 ) -> Report:
     """Count on how many inputs each unit of each rectifier fires, in one pass over the data.
 
@@ -140,10 +139,12 @@ def diagnose(
     ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
     lower limit of 0, hardswish, hardsigmoid, hardshrink, softshrink; also inside ``nn.RNN``,
     ``nn.TransformerEncoderLayer``, ``autograd.Function``, and scripted, checkpointed and compiled
-    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other.
+    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other: name
+    the module or function that computes it in ``activations``.
 
-    A site is one place in the code fed by one layer; its calls in a loop, such as the time steps of
-    a cell, count as positions. Its *name* is the module's, ``"layer1.0.relu"``, with the operator
+    A site is one place in the code fed by one layer, whose calls count as positions: those in a
+    loop, such as the time steps of a cell, and those of a shared module that holds both layer and
+    place, whoever calls it. Its *name* is the module's, ``"layer1.0.relu"``, with the operator
     where a module calls a function, ``"layer1.0.relu()"``, and ``#1``, ``#2`` and so on if others
     have the same; inside ``nn.RNN`` it is like its weights', ``"rnn.l0"``, ``"rnn.l1_reverse"``.
 
@@ -172,6 +173,13 @@ def diagnose(
             or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
             a site out.
         batch_dim: Dimension of the inputs along which they are batched.
+        activations: A mapping from activations of your own to ``"silent where 0"``, or to a
+            function of the output that returns a bool tensor of its shape, true where it is silent;
+            ``"never silent"`` lists smooth ones under ``family="all"``. Named are modules (by
+            class, itself, name or pattern) and Python functions (told by their code) or
+            ``autograd.Function`` that the model calls. Each call is a site, and rectifiers inside
+            are part of it. Units and ``peak`` are its input's if that has the output's shape, else
+            (a gate of half the width, a module with a layer inside) its output's.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
@@ -179,11 +187,13 @@ def diagnose(
 
     Raises:
         TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
-            inputs and targets, or holds a key that the model does not take.
+            inputs and targets, or holds a key that the model does not take; if ``activations``
+            names anything else.
         ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
             ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
-            was called, nor maxout; if ``unit_dim`` names no site or no dimension; or if a parameter
-            has no values yet.
+            was called, nor maxout; if ``unit_dim`` names no site or no dimension, ``activations``
+            no rule or what was not called; or if a parameter has no values yet.
+        RuntimeError: If ``activations`` names a function, and a profiler runs.
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
 
@@ -192,10 +202,6 @@ def diagnose(
         >>> report = diagnose(model, [torch.randn(8, 3) for _ in range(10)])
         >>> report["1"].fired.shape, report["1"].inputs
         (torch.Size([4]), 80)
-        >>> print(diagnose(Maxout(3, 2, pieces=3), torch.randn(9, 3)))  # doctest: +SKIP
-        site      kind             units  dead  rare  always on  never wins  median rate  n
-        -----------------------------------------------------------------------------------
-        maxout()  maxout piece  6 pieces     -     0          0           1        0.333  9
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -204,7 +210,8 @@ def diagnose(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
-    counter = _Counter(model, smooth=family == "all", unit_dim=unit_dim, batch_dim=batch_dim)
+    options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
+    counter = _Counter(model, smooth=family == "all", activations=activations, **options)
     inner = unwrapped(model)
     call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
@@ -239,11 +246,11 @@ def diagnose(
     if not done:
         raise ValueError("data holds no batch, or is an exhausted iterator: pass a list of batches")
     notes = _notes(counter)
-    if not counter.counts:
+    if not (sites := counter.reports()):
         if counter.ambiguous:
             raise AmbiguousUnitsError(unclear(counter.ambiguous))
         raise ValueError("; ".join(["the model called no rectifier", *notes]))
-    return Report(counter.reports(), inputs, done, notes, example)
+    return Report(sites, inputs, done, notes, example)
 
 
 def _batches(data: Any) -> Iterable[Any]:
@@ -310,7 +317,8 @@ def unclear(sites: Mapping[str, str]) -> str:
     example = next(iter(sites), "")
     return (
         f"cannot tell along which dimension the units lie:{listed}\n"
-        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape), or None to leave a site out"
+        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape; None to leave the site out; "
+        "a pattern such as 'decoder.*' for many)"
     )
 
 
@@ -321,6 +329,8 @@ def _notes(counter: _Counter) -> list[str]:
     if unknown := [name for name in given if name not in counter.used_overrides]:
         sites = ", ".join(names) or "none"
         raise ValueError(f"unit_dim names {unknown}, which the model did not call; sites: {sites}")
+    if counter.uncalled:
+        raise ValueError(f"activations names {[*counter.uncalled]}, which the model did not call")
     notes = [f"SKIPPED: {unclear(counter.ambiguous)}."] * bool(counter.ambiguous)
     notes += counter.notes
     if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:

@@ -22,20 +22,25 @@ from relubook.units._numbers import (
     SAME,
     SHAPES,
     VIEWS,
+    FrozenBatchNorm,
     core,
     gone,
     numbered,
     reshaped,
     summed,
+    told_by,
     unit_dim,
 )
 from relubook.units.sites import Site, SiteFinder, hook, tensors_in
 
+# GPT-2's linear layer in transformers, with a weight of shape (inputs, outputs).
+Conv1D = told_by(lambda x: type(x).__name__ == "Conv1D" and hasattr(x, "nf"))
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.SyncBatchNorm)
-WORDS = dict.fromkeys(("add", "sub", "rsub"), "a sum (a residual connection)")
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm)
+NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)
+SUM = "a sum (a residual connection)"
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
@@ -66,6 +71,7 @@ class Plan:
     units: Tensor
     before: tuple[str, Any] | None
     sinks: list[Sink]
+    alive: bool = False  # whether some of its units are not silent
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and values of the parameters that the repair changes."""
@@ -91,28 +97,29 @@ class Way:
 
 
 def find_readers(
-    model: nn.Module, sites: Sequence[Any], batch: Any
+    model: nn.Module, sites: Sequence[Any], batch: Any, chosen: Mapping[str, Tensor]
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Say for every site of a report how to repair it, or by its name why not.
+    """Say for every site of a report how to repair its chosen units, or by its name why not.
 
     ValueError if a site names a layer that the model does not have.
     """
-    tracer, training = Tracer(model), Tracer(model)
+    smooth = any(bool(chosen[site.name].any()) and not site.silences for site in sites)
+    tracer, training = Tracer(model, smooth=smooth), Tracer(model, smooth=smooth)
     for site in sites:
         if site.producer not in (None, *tracer.ways):
             claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
             raise ValueError(f"{claim}, which the model does not have: diagnose this model")
-    dead = [site for site in sites if bool(site.dead.any())]
-    if dead:
+    ill = [site for site in sites if bool(chosen[site.name].any())]
+    if ill:
         tracer.trace(model, batch)
         try:
             training.trace(model, batch, training=True)
         except Exception:  # a model may not run in training mode on a batch alone
             training = tracer
     plans, reasons = [], dict[str, str]()
-    for site in dead:
+    for site in ill:
         try:
-            plan = tracer.plan(site)
+            plan = tracer.plan(site, chosen[site.name].detach().cpu())
             try:
                 readers = training.readers(plan.producer, plan.units)
             except Unpaired:
@@ -137,14 +144,19 @@ def run(model: nn.Module, batch: Any) -> Any:
 def is_plain(module: Any, kinds: tuple[type, ...]) -> bool:
     """Whether a module is of one of the kinds and computes what that kind computes."""
     forward = getattr(type(module), "forward", None)
-    return any(isinstance(module, k) and forward is getattr(k, "forward", None) for k in kinds)
+    return any(isinstance(module, k) and forward is getattr(k, "forward", forward) for k in kinds)
+
+
+def turned(layer: Any, tensor: Tensor) -> Tensor:
+    """Return a view of a layer's weight, or of what has its shape, with the outputs first."""
+    return tensor.T if isinstance(layer, Conv1D) and tensor.ndim == 2 else tensor
 
 
 class Tracer(SiteFinder):
     """Follows the units of all layers through one pass."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
         self.ways = {name: Way(k * LAYER) for k, name in enumerate(self._modules, 1)}
         self.reads: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.calls: Counter[str] = Counter()
@@ -237,8 +249,10 @@ class Tracer(SiteFinder):
         if not (known or words) or operator.endswith("_like") or operator.startswith("new_"):
             return
         running = self._stack[-1][0] if self._stack else ""
-        what = WORDS.get(operator, f"{operator}()")
-        if running and not list(self._modules[running].children()):
+        what = f"{operator}()"
+        if operator in ("add", "sub", "rsub") and sum(map(self._is_data, given)) > 1:
+            what, words = SUM, []
+        elif running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
         results, kept = list(tensors_in(out)), list[Any]([None])
         if known and results:
@@ -279,15 +293,17 @@ class Tracer(SiteFinder):
         elif rectifies or operator in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
             pass
         elif torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all()):
-            other = [x for x in tensors_in(bound) if not any(x is own for own in known)]
-            tags = [tag for x in other if (tag := self._numbers.of(x)) is not None]
-            if any(tag.data and not tag.weight for tag in tags):
+            if any(self._is_data(x) for x in tensors_in(bound) if not any(x is k for k in known)):
                 return [None]
         else:
             return [None]
         fits = [x for own in known if (x := summed(self._of[own], dims, shape)) is not None]
         same = len(fits) == len(known) and all(torch.equal(x, fits[0]) for x in fits)
         return [fits[0] if same else None]
+
+    def _is_data(self, x: Tensor) -> bool:
+        tag = self._numbers.of(x)
+        return tag is not None and tag.data and not tag.weight
 
     def _numbers_of(self, x: Tensor) -> Tensor:
         none = torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
@@ -305,9 +321,9 @@ class Tracer(SiteFinder):
         found = {reader: torch.isin(whose, mine) for reader, (whose, _, _) in self.reads.items()}
         return {reader: columns.tolist() for reader, columns in found.items() if columns.any()}
 
-    def plan(self, site: Any) -> Plan:
-        """Say how to repair a site; Unpaired if it cannot be repaired."""
-        name, before, dead = site.producer, None, site.dead.detach().cpu()
+    def plan(self, site: Any, chosen: Tensor) -> Plan:
+        """Say how to repair some units of a site; Unpaired if they cannot be repaired."""
+        name, before = site.producer, None
         if name is None:
             what = self.made_by.get(site.name.split("#")[0], "something")
             raise Unpaired(f"{what} lies between it and the layers: none feeds it alone")
@@ -319,16 +335,17 @@ class Tracer(SiteFinder):
                 raise Unpaired(f"{what} lies between {before[0]!r} and the layers")
         if (uses := len(self.ways[name].sites)) > 1:
             raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
-        layer, units = self._check(name, REPAIRED), dead.nonzero().flatten()
-        outputs, dim = len(layer.weight), unit_dim(layer, dead)
-        if outputs != len(dead) or site.unit_dim not in (dim, dim + len(site.shape)):
-            where = f"its {len(dead)} units lie along dimension {site.unit_dim}"
+        layer, units = self._check(name, REPAIRED), chosen.nonzero().flatten()
+        outputs, dim = len(turned(layer, layer.weight)), unit_dim(layer, chosen)
+        if outputs != len(chosen) or site.unit_dim not in (dim, dim + len(site.shape)):
+            where = f"its {len(chosen)} units lie along dimension {site.unit_dim}"
             raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")
         readers, norms = self.readers(name, units), self.ways[name].norms
-        sinks = [self._sink(reader, columns, norms) for reader, columns in readers.items()]
+        alive = bool((chosen & ~site.dead.cpu()).any())
+        sinks = [self._sink(reader, columns, norms, alive) for reader, columns in readers.items()]
         if not sinks:
             raise Unpaired("no layer reads its units")
-        plan = Plan(site.name, name, layer, units, before, sinks)
+        plan = Plan(site.name, name, layer, units, before, sinks, alive)
         for label, parameter in plan.parameters():
             same = [n for n, p in self._parameters if p.data_ptr() == parameter.data_ptr()]
             if not parameter.requires_grad:
@@ -339,15 +356,18 @@ class Tracer(SiteFinder):
                 raise Unpaired(f"{label!r} shares its memory with {(set(same) - {label}).pop()!r}")
         return plan
 
-    def _sink(self, name: str, whose: list[bool], norms: list[Tensor]) -> Sink:
+    def _sink(self, name: str, whose: list[bool], norms: list[Tensor], alive: bool) -> Sink:
         module, (_, low, high) = self._check(name, LAYERS), self.reads[name]
         columns = torch.tensor(whose, device="cpu")
         if not bool((low + high)[columns].isfinite().all()):
             raise ValueError(f"on the batch the inputs of {name!r} are not finite")
+        if alive and not norms:  # small outputs, which are lost
+            return Sink(name, module, columns, torch.zeros_like(low))
         even = (high - low)[columns] <= 1e-6 * torch.maximum(low.abs(), high.abs())[columns]
         sink = Sink(name, module, columns, torch.where(columns, (low + high) / 2, 0.0))
         if sink.is_folded or not bool(even.all()):
-            where = f"its units, while silent, are not 0 to {name!r}"
+            state = "behind a norm" if alive else "while silent"
+            where = f"its units, {state}, are not 0 to {name!r}"
             if module.bias is None:
                 raise Unpaired(f"{where}, which has no bias that could take over the rest")
             known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])
@@ -363,7 +383,8 @@ class Tracer(SiteFinder):
         if not is_plain(module, kinds):
             kind = type(module).__name__
             raise Unpaired(f"{name!r} is a {kind}; linear layers and convolutions can be repaired")
-        if any(k in dir(module) and k not in module._parameters for k in ("weight", "bias")):
+        held = {**module._parameters, **module._buffers}
+        if any(k in dir(module) and k not in held for k in ("weight", "bias")):
             why = "computed from other parameters (a parametrization, weight norm or pruning)"
             raise Unpaired(f"the weight of {name!r} is {why}: remove that first")
         if self.calls[name] != 1:
@@ -373,7 +394,7 @@ class Tracer(SiteFinder):
 
 def _is_uneven(module: Any) -> bool:
     """Whether a layer does not sum a constant input to the same value everywhere."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | Conv1D):
         return False
     pads = module.padding != "valid" and (module.padding == "same" or any(module.padding))
     return module.transposed or (module.padding_mode == "zeros" and pads)

@@ -1,18 +1,22 @@
 """What every report on a model shares, and the report of ``diagnose``."""
 
-import html
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+import io
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from relubook._files import write_whole
 from relubook._optional import require
 from relubook.units._kinds import PIECE
+from relubook.units._listing import UnitListing, plain_table
+from relubook.units.risk import advice, near_cliff
 
-__all__ = ["RARE", "STATES", "Report", "SiteReport", "silence_bound"]
+__all__ = ["RARE", "STATES", "Report", "ReportDiff", "SiteReport", "silence_bound"]
 
 RARE = 0.01
 """A unit that fires on fewer than this share of the inputs, and on one at least, is rare."""
@@ -27,111 +31,9 @@ LOOKS = {
 }
 """Color and hatch of each state; each unit of a rectifier, or piece, is in exactly one of them."""
 STATES = tuple(LOOKS)
+VERSION = 1  # of the files that Report.save writes
 DORMANT = 0.025
 """Largest score of a dormant unit (Sokar et al. 2023, https://arxiv.org/abs/2302.12902)."""
-
-S = TypeVar("S", bound=Any)
-
-
-class SiteListing(Generic[S]):
-    """Sites in execution order, each to be had by its name or its place."""
-
-    sites: Sequence[S]
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __iter__(self) -> Iterator[S]:
-        return iter(self.sites)
-
-    def __contains__(self, name: object) -> bool:
-        return any(site.name == name for site in self.sites)
-
-    def __getitem__(self, key: str | int) -> S:
-        if isinstance(key, int):
-            return self.sites[key]
-        for site in self.sites:
-            if site.name == key:
-                return site
-        raise KeyError(f"no site {key!r}; the sites are {', '.join(s.name for s in self.sites)}")
-
-
-class UnitListing(SiteListing[S]):
-    """Sites with ``units`` of which some are ``dead`` or ``nonfinite``; ``print`` shows a table."""
-
-    @property
-    def dead_fraction(self) -> float:
-        """Share of dead units among the units of all rectifiers, without pieces or dormant ones."""
-        units = sum(site.units for site in self.sites if site.silences)
-        return sum(int(site.dead.sum()) for site in self.sites) / max(units, 1)
-
-    @property
-    def dead_layers(self) -> list[str]:
-        """Names of the sites whose units are all dead."""
-        return [site.name for site in self.sites if 0 < site.units == int(site.dead.sum())]
-
-    def assert_alive(self, max_dead: float = 0.0) -> None:
-        """Raise AssertionError unless every site is alive: for tests and continuous integration.
-
-        No site may have a larger share of dead units than ``max_dead``, from 0 to 1 (else
-        ValueError), nor a unit that saw NaN or infinity. Dead layers fail at any value below 1.
-        """
-        if not 0 <= max_dead <= 1:
-            raise ValueError(f"max_dead must be a share of units from 0 to 1, not {max_dead}")
-        faults = []
-        for site in self.sites:
-            dead, bad = int(site.dead.sum()), int(site.nonfinite.sum())
-            if bad or dead / max(site.units, 1) > max_dead:
-                whole = ", the whole layer" if dead == site.units else ""
-                share = f"{dead} of {site.units} units dead{whole}"
-                faults.append(f"{site.name}: {share}, {bad} non-finite")
-        if faults:
-            head = f"more than {max_dead:.1%} dead units in a site, or non-finite ones:"
-            raise AssertionError("\n  ".join([head, *faults]))
-
-    def _rows(self) -> list[list[str]]:
-        rows = [["site", "units", "dead", "non-finite"]]
-        for site in self.sites:
-            counts = (site.units, int(site.dead.sum()), int(site.nonfinite.sum()))
-            rows.append([site.name, *(f"{count:,}" for count in counts)])
-        return rows
-
-    def _remarks(self) -> list[str]:
-        """Return what must not be overlooked in the table."""
-        remarks = [
-            f"DEAD LAYER: all {self[name].units} units of {name} are dead: "
-            "the network is constant behind it (save for paths around it)."
-            for name in self.dead_layers
-        ]
-        return remarks + [
-            f"NON-FINITE: {bad} {site.noun} of {site.name} saw NaN or infinity; this is no silence."
-            for site in self.sites
-            if (bad := int(site.nonfinite.sum()))
-        ]
-
-    def __repr__(self) -> str:
-        rows = self._rows()
-        return "\n".join([*plain_table(rows, words=rows[0].index("units")), *self._remarks()])
-
-    def _repr_html_(self) -> str:
-        cells = [[html.escape(cell) for cell in row] for row in self._rows()]
-        header, *rows = (f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
-        table = f"<thead>{header.replace('td>', 'th>')}</thead><tbody>{''.join(rows)}</tbody>"
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return f"<table>{table}</table>{remarks}"
-
-
-def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Return the lines of a table, given its header and rows, with a rule below the header.
-
-    So many of its first columns as ``words`` says are set flush left; the others hold numbers.
-    """
-    aligned = [
-        f"{'<' if column < words else '>'}{max(map(len, cells))}"
-        for column, cells in enumerate(zip(*rows, strict=True))
-    ]
-    lines = ["  ".join(map(format, row, aligned)).rstrip() for row in rows]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def silence_bound(inputs: int) -> float:
@@ -172,6 +74,7 @@ class SiteReport:
         shape: Shape of the rectifier's input when the site was first reached.
         location: ``"file.py:12"``, the line of the model that made the call, if known.
         calls: How often it was called, over all batches.
+        fixed: Whether it depends on no input.
     """
 
     name: str
@@ -189,6 +92,7 @@ class SiteReport:
     shape: tuple[int, ...] = ()
     location: str | None = None
     calls: int = 0
+    fixed: bool = False
 
     @property
     def units(self) -> int:
@@ -238,6 +142,15 @@ class SiteReport:
     def always_on(self) -> Tensor:
         """Units that were never silent, so that they act linearly, ``bool``, shape (units,)."""
         return self.state == STATES.index("always on")
+
+    @property
+    def at_risk(self) -> Tensor:
+        """Living units that are rare or in the tenth with the lowest peaks, ``bool``, (units,).
+
+        At the edge of usable rates they die twice as often as others (claim tool-rare-are-next).
+        """
+        living = ~(self.dead | self.nonfinite) & self.silences
+        return living & self.rare | near_cliff(self.peak, living)
 
     @property
     def never_wins(self) -> Tensor:
@@ -299,17 +212,83 @@ class Report(UnitListing[SiteReport]):
     notes: list[str] = field(default_factory=list)
     example: Any = None
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all but ``example`` to a file, for :meth:`load`.
+
+        OSError if that fails, as on a full disk; an older file then stays as it was.
+        """
+        kept = {"sites": [vars(site) for site in self.sites], "example": None}
+        torch.save({"relubook report": VERSION, **vars(self), **kept}, file := io.BytesIO())
+        write_whole(Path(path), file.getvalue())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Report":
+        """Read what :meth:`save` wrote. That executes nothing, whoever wrote the file.
+
+        OSError if it cannot be read; ValueError if it holds no report, or one of a newer version.
+        """
+        data = io.BytesIO(Path(path).read_bytes())
+        try:
+            fields = torch.load(data, weights_only=True)
+            if (version := fields.pop("relubook report")) > VERSION:
+                raise ValueError(f"it has version {version}, later than {VERSION}: update relubook")
+            report = cls(**fields | {"sites": [SiteReport(**site) for site in fields["sites"]]})
+            repr(report)  # all values are of a kind that can be shown
+        except Exception as error:
+            raise ValueError(f"{path} is no report that can be read here: {error}") from error
+        return report
+
+    def merge(self, *others: "Report") -> "Report":
+        """Return one report on the data of all: of shards, processes or days, of one model.
+
+        Counts, inputs and observations add up, so that no input should be in two; peaks take the
+        maximum; a unit is non-finite if it is so in one: what one pass over all data gives, but for
+        rounding in ``magnitude``. A site may be in some only. The first's example and shapes stay.
+
+        TypeError for what is no report. ValueError, with the site's name, if sites of one name
+        differ in kind, units, producer or line, or if one with a number (``#2``) is in some only.
+        """
+        reports = self, *map(_checked, others)
+        names = [{site.name for site in report if "#" in site.name} for report in reports]
+        if lone := sorted(set[str]().union(*names) - names[0].intersection(*names)):
+            raise ValueError(f"{lone[0]} is not in all reports: its number may mean another site")
+        sites: dict[str, SiteReport] = {}
+        for site in (site for report in reports for site in report):
+            sites[site.name] = _sum(sites[site.name], site) if site.name in sites else site
+        notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+        total = {name: sum(getattr(r, name) for r in reports) for name in ("inputs", "batches")}
+        return replace(self, sites=list(sites.values()), notes=notes, **total)
+
+    def diff(self, later: "Report") -> "ReportDiff":
+        """Return what changed from this report to a later one; TypeError for what is no report."""
+        old, new = ({(s.name, s.kind, s.units): s for s in r} for r in (self, _checked(later)))
+        both = {key[0]: (old[key], site) for key, site in new.items() if key in old}
+        return ReportDiff(
+            {name: b.rate - a.rate for name, (a, b) in both.items()},
+            {name: b.dead & ~a.dead for name, (a, b) in both.items()},
+            {name: a.dead & (b.fired > 0) for name, (a, b) in both.items()},
+            [key[0] for key in new if key not in old],
+            [key[0] for key in old if key not in new],
+        )
+
+    def write_html(self, path: str | PathLike[str], title: str = "Dead units") -> None:
+        """Write a page that stands alone: no script, and nothing to load. OSError as in `save`."""
+        from relubook.units._page import page
+
+        write_whole(Path(path), page(self, title))
+
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.
 
         Its columns are ``site, kind, producer, unit, state, fired, observations, rate, inputs,
-        fired_inputs, peak, upper_bound`` and ``score`` (NaN where it was not asked for).
+        fired_inputs, peak, upper_bound, score`` (NaN where it was not asked for) and ``at_risk``.
         """
         pandas = require("pandas", "tables of results")
         names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
         frames = []
         for site in self.sites:
             cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
+            cells["at_risk"] = site.at_risk
             frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
             frame.insert(0, "site", site.name)
             frame.insert(3, "unit", range(site.units))
@@ -369,4 +348,53 @@ class Report(UnitListing[SiteReport]):
                     f"{total:,} {words} on n = {fewest:,} independent inputs bounds a {whose} rate "
                     f"by {silence_bound(fewest):.2%} (95%)."
                 )
-        return remarks + self.notes
+        return [*remarks, *advice(self), *self.notes]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ReportDiff:
+    """What changed from one report to another, by the names of sites: a table where printed.
+
+    Attributes:
+        change: Change of each unit's ``rate``, ``float64``, shape (units,), in the later order.
+        newly_dead, revived: Units dead now only; dead before and firing again: ``bool``, (units,).
+        appeared, disappeared: Sites in one report only, or with another kind or number of units.
+    """
+
+    change: dict[str, Tensor]
+    newly_dead: dict[str, Tensor]
+    revived: dict[str, Tensor]
+    appeared: list[str]
+    disappeared: list[str]
+
+    def __repr__(self) -> str:
+        rows, found = [["site", "units", "newly dead", "revived", "largest change of rate"]], []
+        for name, change in self.change.items():
+            rows.append([name, f"{len(change):,}"])
+            for what, masks in (("newly dead", self.newly_dead), ("revived", self.revived)):
+                units = masks[name].nonzero().flatten().tolist()
+                rows[-1].append(f"{len(units):,}")
+                found += [f"{name}, {what}: {units}"] * bool(units)
+            rows[-1].append(f"{max(change.tolist(), key=abs, default=0.0):+.3f}")
+        found += [f"appeared: {', '.join(self.appeared)}"] * bool(self.appeared)
+        found += [f"disappeared: {', '.join(self.disappeared)}"] * bool(self.disappeared)
+        return "\n".join([*plain_table(rows), *found])
+
+
+def _checked(report: Report) -> Report:
+    if not isinstance(report, Report):
+        raise TypeError(f"a {type(report).__name__} is no Report of diagnose")
+    return report
+
+
+def _sum(one: SiteReport, two: SiteReport) -> SiteReport:
+    for name in ("kind", "units", "unit_dim", "producer", "fixed", "location"):
+        if (a := getattr(one, name)) != (b := getattr(two, name)):
+            raise ValueError(f"{one.name}: its {name} is {a!r} in one report, {b!r} in another")
+    both = {name: (value, getattr(two, name)) for name, value in vars(one).items()}
+    added = "fired", "fired_inputs", "magnitude", "inputs", "observations", "calls"
+    sums: dict[str, Any] = {k: None if None in both[k] else sum(both[k]) for k in added}
+    if one.fixed:
+        sums |= {"inputs": 1, "fired_inputs": (sums["fired"] > 0).long()}
+    peak, nonfinite = torch.maximum(*both["peak"]), torch.logical_or(*both["nonfinite"])
+    return replace(one, **sums, peak=peak, nonfinite=nonfinite)

@@ -20,7 +20,7 @@ weights to zero, so that nobody notices until they have learned what to do with 
 True
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from relubook.units._numbers import unit_dim
-from relubook.units.readers import TRANSPOSED, Plan, find_readers, run
+from relubook.units.readers import TRANSPOSED, Plan, find_readers, run, turned
 from relubook.units.report import plain_table
 from relubook.units.sites import tensors_in, undisturbed, unwrapped
 
@@ -68,7 +68,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Left:
-    """A site whose dead units were left, their number, and why, and what would help."""
+    """A site whose units were left, their number, and why, and what would help."""
 
     site: str
     units: int
@@ -103,7 +103,7 @@ class Revival:
         silent = f" ({self.silent} silent on the batch)" if self.silent else ""
         lines = [f"Revival: {self.total} units revived{silent}, {left} left"]
         lines += plain_table(rows, words=4) if self.changes else []
-        lines += [f"left: {x.site}, {x.units} dead: {x.reason}" for x in self.left]
+        lines += [f"left: {x.site}, {x.units} units: {x.reason}" for x in self.left]
         return "\n".join(lines)
 
 
@@ -112,7 +112,8 @@ def revive_(
     report: Any,
     batch: Any = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    tau: float | None = None,
     generator: torch.Generator | None = None,
     init: Callable[..., Any] = nn.init.kaiming_normal_,
 ) -> Revival:
@@ -122,7 +123,7 @@ def revive_(
     half of it: its bias becomes minus the mean pre-activation; a batch norm in front of the
     rectifier gets scale 1, shift 0 and the batch's mean and variance; without a bias, weights whose
     mean is negative are negated. Outgoing weights become 0. This is the repair of ReDo (Sokar et
-    al. 2023, arXiv 2302.12902), applied to dead instead of dormant units.
+    al. 2023, arXiv 2302.12902), for dead units and, if asked to, dormant ones.
 
     **What stays.** In evaluation mode the output is the same on every input on which all revived
     units were silent: bit for bit, or up to rounding where a batch norm behind the rectifier turns
@@ -148,16 +149,20 @@ def revive_(
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments; by default the report's ``example``.
-        optimizer: The optimizer whose moments would go on to push the fresh weights.
+        optimizer: The optimizer, or all of several, whose moments would go on to push the fresh
+            weights.
+        tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
+            most this (0.025 in the paper). They are not silent, so that the function moves a bit.
         generator: Source of the fresh weights; by default a new one, seeded from the global random
             state, which is not advanced.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
-        ValueError: If there is no batch, the report belongs to another model, the optimizer does
-            not hold a parameter that is to be changed or is L-BFGS, or what the next layer gets on
-            the batch is not finite. Whatever is raised, model and optimizer are as before.
+        ValueError: If there is no batch, the report belongs to another model, or has no scores for
+            ``tau``, which is none itself, the optimizer does not hold a parameter that is to be
+            changed or is L-BFGS, or what the next layer gets on the batch is not finite. Whatever
+            is raised, model and optimizer are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -169,9 +174,9 @@ def revive_(
     batch = getattr(report, "example", None) if batch is None else batch
     if batch is None:
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
-    plans, reasons = find_readers(model, report.sites, batch)
-    if optimizer is not None:
-        _check_optimizer(optimizer, plans)
+    optimizers, chosen = listed(optimizer), _chosen(report, tau)
+    plans, reasons = find_readers(model, report.sites, batch, chosen)
+    _check_held(optimizers, plans)
     if generator is None:  # the global random state gives the seed and stays where it is
         with torch.random.fork_rng([]):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -186,23 +191,35 @@ def revive_(
                 repair.draw(init, generator)
                 silent = repair.center(*_outputs(model, batch, plan.layer))
                 after = _outputs(model, batch)
-                if len(before) != len(after) or not all(map(_is_same, before, after)):
+                same = len(before) == len(after) and all(map(_is_same, before, after))
+                if not same and not plan.alive:
                     reasons[plan.site] = _MOVED
                     continue
+                before = after if plan.alive else before
                 undo.enter_context(repair.undo.pop_all())
             cut = tuple(sink.name for sink in plan.sinks)
             folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
             norm = plan.before[0] if plan.before else None
             changes.append(Change(plan.site, plan.producer, plan.units, norm, cut, folded, silent))
             fresh += repair.fresh
-        if optimizer is not None:
-            _reset_state(optimizer, fresh, undo)
+        for one in optimizers:
+            _reset_state(one, fresh, undo)
         undo.pop_all()
-    dead = {site.name: int(site.dead.sum()) for site in report.sites if site.name in reasons}
-    left = [Left(name, units, reasons[name]) for name, units in dead.items()]
+    left = [Left(s, int(units.sum()), reasons[s]) for s, units in chosen.items() if s in reasons]
     idle = [site.name for site in report.sites if getattr(site, "never_wins", torch.zeros(1)).any()]
     left += [Left(name, 0, _IDLE) for name in idle]
     return Revival(tuple(changes), tuple(left))
+
+
+def _chosen(report: Any, tau: float | None) -> dict[str, Tensor]:
+    """Return which units of each site are to be revived."""
+    chosen = {site.name: site.dead for site in report.sites}
+    if tau is not None:
+        scores = {site.name: site.score for site in report.sites if site.score is not None}
+        if not tau >= 0 or not scores:
+            raise ValueError(f"tau={tau} must be a score from 0 on, of diagnose(..., family='all')")
+        chosen |= {name: chosen[name] | (score <= tau) for name, score in scores.items()}
+    return chosen
 
 
 def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> list[Tensor]:
@@ -220,6 +237,7 @@ def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> li
 class _Fresh(NamedTuple):
     """Entries of a parameter that start anew, and whether they are outgoing weights."""
 
+    layer: Any
     parameter: Tensor
     entries: Tensor
     outgoing: bool
@@ -233,46 +251,49 @@ class _Repair:
         self.undo = ExitStack()
         self.fresh: list[_Fresh] = []
 
-    def write(self, tensor: Tensor, index: Tensor, value: Any, outgoing: bool = False) -> None:
+    def write(
+        self, layer: Any, tensor: Tensor, index: Tensor, value: Any, outgoing: bool = False
+    ) -> None:
         """Set entries, and note that they start anew."""
         self.undo.callback(tensor.copy_, tensor.clone())
         index = index.to(tensor.device)
-        tensor[index] = torch.as_tensor(value).to(tensor)
-        self.fresh.append(_Fresh(tensor, index, outgoing))
+        turned(layer, tensor)[index] = torch.as_tensor(value).to(tensor)
+        self.fresh.append(_Fresh(layer, tensor, index, outgoing))
 
     def cut(self) -> None:
         """Set the outgoing weights to zero."""
         for sink in self.plan.sinks:
             module, columns = sink.module, sink.columns
             if not isinstance(module, TRANSPOSED):
-                outputs, inputs = module.weight.shape[:2]  # inputs of one group
+                weight = turned(module, module.weight)
+                outputs, inputs = weight.shape[:2]  # inputs of one group
                 rows = outputs // getattr(module, "groups", 1)  # of one group
                 columns = columns.view(-1, inputs).repeat_interleave(rows, 0)
                 if sink.is_folded:
                     constant = sink.constant.view(-1, inputs).repeat_interleave(rows, 0)
                     constant = constant.to(module.weight.device)
-                    weight = module.weight.double().reshape(outputs, inputs, -1).sum(2)
+                    weight = weight.double().reshape(outputs, inputs, -1).sum(2)
                     bias = module.bias.double() + (weight * constant).sum(1)
                     self.undo.callback(module.bias.copy_, module.bias.clone())
                     module.bias.copy_(bias)
-            self.write(module.weight, columns, 0.0, outgoing=True)
+            self.write(module, module.weight, columns, 0.0, outgoing=True)
 
     def draw(self, init: Callable[..., Any], generator: torch.Generator) -> None:
         """Draw the incoming weights."""
         layer, units = self.plan.layer, self.plan.units
         exact = torch.promote_types(layer.weight.dtype, torch.float32)
-        shape = (len(units), *layer.weight.shape[1:])
+        shape = (len(units), *turned(layer, layer.weight).shape[1:])
         fresh = torch.empty(shape, dtype=exact, device=generator.device)
         init(fresh, generator=generator)
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
-        resets = [(layer.weight, fresh), (layer.bias, 0.0)]
+        resets = [(layer, layer.weight, fresh), (layer, layer.bias, 0.0)]
         if self.plan.before is not None:
             norm = self.plan.before[1]
-            resets += [(norm.weight, 1.0), (norm.bias, 0.0)]
-        for parameter, value in resets:
+            resets += [(norm, norm.weight, 1.0), (norm, norm.bias, 0.0)]
+        for owner, parameter, value in resets:
             if parameter is not None:
-                self.write(parameter, units, value)
+                self.write(owner, parameter, units, value)
 
     def center(self, out: Tensor) -> int:
         """Give the fresh units mean 0 on the batch, and return how many are silent on it still."""
@@ -284,26 +305,28 @@ class _Repair:
             norm = self.plan.before[1]
             for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
                 if buffer is not None:
-                    self.write(buffer, units, value)
+                    self.write(norm, buffer, units, value)
         elif layer.bias is not None:
-            self.write(layer.bias, units, -mean)
+            self.write(layer, layer.bias, units, -mean)
         else:
             sign = torch.where(mean < 0, -1.0, 1.0)
             weight = layer.weight[units.to(out.device)]
-            self.write(layer.weight, units, (weight.movedim(0, -1) * sign).movedim(-1, 0))
+            self.write(layer, layer.weight, units, (weight.movedim(0, -1) * sign).movedim(-1, 0))
             values, mean = values * sign, torch.zeros_like(mean)
         return int((values.amax(0) <= mean).sum())
 
 
 def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[_Fresh], undo: ExitStack) -> None:
-    """Let the optimizer's state of the entries that start anew do so too."""
+    """Let an optimizer's state of the entries that start anew do so too."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for parameter in {id(entry.parameter): entry.parameter for entry in fresh}.values():
+    changed = {id(entry.parameter): entry.parameter for entry in fresh}
+    for parameter in [changed[key] for key in changed if key in groups]:
         anew = torch.zeros_like(parameter, dtype=torch.bool)
         outgoing = anew.clone()
         for entry in fresh:
             if entry.parameter is parameter:
-                anew[entry.entries], outgoing[entry.entries] = True, entry.outgoing
+                turned(entry.layer, anew)[entry.entries] = True
+                turned(entry.layer, outgoing)[entry.entries] = entry.outgoing
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
@@ -325,12 +348,23 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
     return torch.allclose(before, after, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, plans: list[Plan]) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("L-BFGS keeps no state per entry: pass a new one after revive_ instead")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def listed(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers as a list: of None none, else one or several."""
+    several = isinstance(optimizer, list | tuple)
+    optimizers = list(optimizer) if several else [optimizer] * (optimizer is not None)
+    for one in optimizers:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is a {type(one).__name__}, not a torch.optim.Optimizer")
+        if isinstance(one, torch.optim.LBFGS):
+            raise ValueError(
+                "L-BFGS keeps no state per entry: pass a new one after revive_ instead"
+            )
+    return optimizers
+
+
+def _check_held(optimizers: list[torch.optim.Optimizer], plans: list[Plan]) -> None:
+    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
-    if missing:
-        raise ValueError(f"the optimizer does not hold {', '.join(sorted(missing))}")
+    if missing and optimizers:
+        whose = "optimizer does" if len(optimizers) == 1 else "optimizers do"
+        raise ValueError(f"the {whose} not hold {', '.join(sorted(missing))}")

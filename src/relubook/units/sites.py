@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from relubook.layers.maxout import maxout
-from relubook.units._kinds import PIECE, Kind, classify, is_zero
+from relubook.units._kinds import PIECE, Activations, Kind, classify, is_zero, own_kinds
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
 from relubook.units._undisturbed import undisturbed, unwrapped
 
@@ -121,25 +121,28 @@ _foreign: dict[CodeType, bool] = {}
 
 
 def call_path(
-    frame: FrameType | None, boundary: FrameType | None, modules: Mapping[int, str]
+    frame: FrameType | None, boundary: FrameType | None, modules: Mapping[int, str], layer: str
 ) -> tuple[tuple[Any, ...], str | None]:
     """Return the way from the model's call to one in it, and ``"file.py:12"``, the line of that.
 
     The way holds code and instruction of each frame from ``frame`` to ``boundary`` outside torch
-    and this package, and each module's name by its ``id``, or the type of one made in the pass.
+    and this package, and each module's name by its ``id``, or the type of one made in the pass. It
+    starts at the innermost module that holds the named layer too: who calls that does not matter.
     """
     path: list[Any] = []
-    location = None
+    location, whole = None, False
     while frame is not None and frame is not boundary:
         code = frame.f_code
         if code not in _foreign:
             _foreign[code] = not code.co_filename.startswith(_LIBRARIES)
         if _foreign[code]:
             location = location or f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
-            path.append((code, frame.f_lasti))
-        elif code is _CALL:
+            path += [] if whole else [(code, frame.f_lasti)]
+        elif code is _CALL and not whole:
             module = frame.f_locals["self"]
-            path.append(modules.get(id(module), type(module)))
+            name = modules.get(id(module), type(module))
+            whole = isinstance(name, str) and f"{layer}.".startswith(f"{name}.")
+            path.append(name)
         frame = frame.f_back
     return tuple(path), location
 
@@ -152,12 +155,18 @@ def hook(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 class SiteFinder(TorchDispatchMode):
     """Calls :meth:`before` and :meth:`observe` for all rectifiers and maxouts of a forward pass.
 
-    With ``smooth`` it looks for leaky and smooth members too; ``unit_dim`` and ``batch_dim`` are
-    those of :func:`relubook.units.diagnosis.diagnose`.
+    With ``smooth`` it looks for leaky and smooth members too; ``unit_dim``, ``batch_dim`` and
+    ``activations`` are those of :func:`relubook.units.diagnosis.diagnose`.
     """
 
     def __init__(
-        self, model: nn.Module, *, smooth: bool = False, unit_dim: Dims = None, batch_dim: int = 0
+        self,
+        model: nn.Module,
+        *,
+        smooth: bool = False,
+        unit_dim: Dims = None,
+        batch_dim: int = 0,
+        activations: Activations = None,
     ) -> None:
         super().__init__()
         self.smooth = smooth
@@ -174,12 +183,17 @@ class SiteFinder(TorchDispatchMode):
         }
         self._module_names = {id(module): name for name, module in self._modules.items()}
         self._numbers = Numbering(self._modules)
+        self._own_kinds = own_kinds(activations, self._modules)
+        self.uncalled = dict(activations or {})
+        # An own activation's call that is under way: its frame or depth, kind, input's tag, input.
+        self._own: tuple[FrameType | int, Kind, Tag, Tensor] | None = None
         self._handles: list[Any] = []
         self._stack: list[tuple[str, int]] = []
         self._found = 0
         self._boundary: FrameType | None = None
         self._ranks: dict[tuple[Any, ...], int] = {}
         self._bases: Counter[str] = Counter()
+        self._sizes: dict[tuple[Any, ...], int] = {}
         self._unplaced: dict[tuple[Any, ...], str] = {}
         self._operators: dict[Any, tuple[str, list[str], bool]] = {}
 
@@ -202,7 +216,12 @@ class SiteFinder(TorchDispatchMode):
         return {self.name_of(key): why for key, why in self._unplaced.items()}
 
     def attach(self) -> None:
-        """Register the hooks that tell which module is running."""
+        """Register the hooks that tell which module is running; RuntimeError under a profiler."""
+        if any(isinstance(call, CodeType) for call in self._own_kinds):
+            if sys.getprofile() is not None:
+                what = "activations names a function, whose calls a running profiler hides"
+                raise RuntimeError(f"{what}: stop it, or name the module that calls the function")
+            sys.setprofile(self._profile)
         for name, module in self._modules.items():
             enter, leave = hook(self._enter_module, name), hook(self._leave_module, name)
             try:
@@ -220,7 +239,9 @@ class SiteFinder(TorchDispatchMode):
         """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
-        self._boundary = None
+        if sys.getprofile() == self._profile:
+            sys.setprofile(None)
+        self._boundary = self._own = None
         self._numbers.clear()
 
     @contextmanager
@@ -259,14 +280,58 @@ class SiteFinder(TorchDispatchMode):
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:
-            self._boundary = sys._getframe(1)
+            self._boundary = sys._getframe(2)  # behind the hook
         self._mark((args, kwargs), not self._stack)
         self._stack.append((name, self._found))
         self._numbers.running = name
+        self._enter_own(name, len(self._stack), (args, kwargs))
+
+    def _profile(self, frame: FrameType, event: str, result: Any) -> None:
+        """Follow the calls of the own functions inside the model."""
+        if frame.f_code in self._own_kinds and self._stack:
+            if event == "call":
+                given = [x for x in frame.f_locals.values() if isinstance(x, Tensor | tuple | dict)]
+                self._enter_own(frame.f_code, frame, given)
+            elif event == "return":
+                self._leave_own(frame, result)
+
+    def _enter_own(self, name: str | CodeType, call: FrameType | int, given: Any) -> None:
+        """Keep what an own activation gets, unless it runs inside of another."""
+        own = self._own_kinds.get(name) if self._own is None else None
+        if own is not None and (x := next(tensors_in(given), None)) is not None:
+            self.uncalled.pop(own[0], None)
+            with _disable_current_modes():
+                self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
+
+    def _leave_own(self, call: FrameType | int, result: Any) -> None:
+        """Count a call of an own activation, by its input if that gave the output its units."""
+        if self._own is None or self._own[0] != call:
+            return
+        (_, kind, given, x), self._own = self._own, None
+        if (out := next(tensors_in(result), None)) is None:  # the call failed
+            return
+        if not out.is_floating_point():
+            raise TypeError(f"activations: {kind.name} returned {out.dtype}, not floating numbers")
+        if torch._C._functorch.is_functorch_wrapped_tensor(out):
+            return self._note(f"NOT SEEN: {kind.name} runs under vmap or another transform")
+        with _disable_current_modes():
+            made = self._numbers.of(out) or Tag(data=False)
+            inner = made.units is not None and made.layer.source != given.layer.source
+            whole = x.shape == out.shape and not inner
+            tag, x = (given, x) if whole else (made, out.detach())
+            frame = call.f_back if isinstance(call, FrameType) else None
+            shown = kind.name if frame or not self._stack[-1][0] else ""
+            site = self._site(shown, kind, x, tag, frame)
+            if site is not None:
+                self.before(site, x)
+                self.observe(site, x, out)
+            if whole:
+                self._numbers.tags[out] = given._replace(near=False)
 
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] != name:
             return
+        self._leave_own(len(self._stack), output)
         numbers, first = self._numbers, args[0] if args else None
         found = self._found > self._stack.pop()[1]
         numbers.running = self._stack[-1][0] if self._stack else ""
@@ -310,7 +375,8 @@ class SiteFinder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         bound = dict(zip(names, args, strict=False)) | kwargs
-        site, kind = None, classify(operator, bound)
+        sought = "" if self._own else operator  # what runs inside an own activation is part of it
+        site, kind = None, classify(sought, bound)
         if kind is not None:
             x, other = bound["self"], bound.get("other")
             if other is not None and not is_zero(other):
@@ -319,7 +385,7 @@ class SiteFinder(TorchDispatchMode):
             # The other may be an activation or a weight that happens to be 0.
             if self._numbers.of(other) is None and isinstance(x, Tensor) and x.is_floating_point():
                 site = self._site(shown, kind, x)
-        elif operator == "amax" and _MAXOUT in [f.f_code for f, _ in walk_stack(sys._getframe())]:
+        elif sought == "amax" and _MAXOUT in [f.f_code for f, _ in walk_stack(sys._getframe())]:
             x, dims = bound["self"], bound["dim"]
             site = self._site("maxout", Kind(PIECE, False, by_output=True, dim=dims[0] % x.ndim), x)
         if site is not None:
@@ -332,12 +398,14 @@ class SiteFinder(TorchDispatchMode):
         self.passed(operator, func, bound, out)
         return out
 
-    def _site(self, shown: str, kind: Kind, x: Tensor) -> Site | None:
+    def _site(
+        self, shown: str, kind: Kind, x: Tensor, tag: Tag | None = None, frame: Any = None
+    ) -> Site | None:
         """Return the site of a call, or ``None`` if it is not to be counted."""
         if not kind.silences and not self.smooth and kind.dim is None:
             self.seen_smooth[kind.name] += 1
             return None
-        tag = self._numbers.of(x) or Tag(data=False)
+        tag = tag or self._numbers.of(x) or Tag(data=False)
         running = self._stack[-1][0] if self._stack else ""
         if tag.weight:
             self._note(f"{kind.name} on weights in {running or 'the model'} is not counted")
@@ -345,8 +413,10 @@ class SiteFinder(TorchDispatchMode):
         self._found += 1
         if not x.numel():
             return None
-        path, location = call_path(sys._getframe(2), self._boundary, self._module_names)
-        base = self._base(running, shown)
+        layer = tag.layer.source[0] if tag.layer.source else ""
+        frame = frame or sys._getframe(2)
+        path, location = call_path(frame, self._boundary, self._module_names, layer)
+        base = self._base(running, shown) if shown else running
         key: tuple[Any, ...] = (base, path, tag.layer.source)
         if isinstance(self._modules.get(running), nn.RNN):  # its sites are named as its weights are
             base = f"{running}.{tag.layer.source[-1].split('_', 2)[2]}".removeprefix(".")
@@ -376,6 +446,11 @@ class SiteFinder(TorchDispatchMode):
         if inputs is None and (self.batch_size == 1 or not tag.data):
             inputs = numbered(x.shape)
         placing = placed(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
+        if (size := self._sizes.setdefault(key, placing[0])) != placing[0]:
+            what = f"it had {size} units before and has {placing[0]} now"
+            self._unplaced[key] = f"shape {tuple(x.shape)}: {what}"
+        if key in self._unplaced:
+            return None
         producer = tag.layer.name if tag.near else None
         location = location if self._boundary is not None else None
         return Site(key, kind, *placing, inputs, tag.data, producer, location)

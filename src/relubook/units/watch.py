@@ -2,17 +2,21 @@
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from relubook._optional import require
+from relubook.units._kinds import Activations, own_kinds
 from relubook.units._readings import Audit, Followed, Hook, Reader
 from relubook.units.diagnosis import unclear
 from relubook.units.report import UnitListing
+from relubook.units.risk import advice, near_cliff
 from relubook.units.sites import AmbiguousUnitsError, tensors_in, unwrapped
 
 __all__ = ["Event", "Watch", "WatchReport", "WatchedSite"]
@@ -40,11 +44,13 @@ class WatchedSite:
 
     ``dead`` (``bool``) and ``peak`` have shape (units,): silent throughout the window, and largest
     pre-activation of it, ``-inf`` if the site was not reached, whose units then stay as they were.
+    ``born_dead``: silent since watching began.
     """
 
     name: str
     dead: Tensor
     peak: Tensor
+    born_dead: Tensor
     silences = True
     noun = "units"
 
@@ -52,6 +58,11 @@ class WatchedSite:
     def nonfinite(self) -> Tensor:
         """``bool``, shape (units,): the peak was NaN or infinity. NaN is not silence."""
         return self.peak.isnan() | (self.peak == torch.inf)
+
+    @property
+    def at_risk(self) -> Tensor:
+        """The tenth of the living units, rounded up, with the lowest peaks: ``bool``, (units,)."""
+        return near_cliff(self.peak, ~(self.dead | self.nonfinite | (self.peak == -torch.inf)))
 
     @property
     def units(self) -> int:
@@ -68,6 +79,7 @@ class WatchReport(UnitListing[WatchedSite]):
         step, window, inputs: The window's last step, and its number of steps and of inputs, over
             all processes.
         unfollowed: Names of the sites and parts that are not followed.
+        history: Deaths and revivals up to then, as in :class:`Watch`.
     """
 
     sites: list[WatchedSite]
@@ -75,11 +87,52 @@ class WatchReport(UnitListing[WatchedSite]):
     window: int
     inputs: int
     unfollowed: list[str]
+    history: list[Event] = field(default_factory=list)
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per site and window, from the first window on.
+
+        Its columns are ``site, step`` (the window's last), ``units, deaths, revivals`` (within it),
+        ``dead`` and ``dead_fraction`` (at its end).
+        """
+        pandas = require("pandas", "tables of results")
+        steps = range(self.window, self.step + 1, self.window)
+        rows = [(site.name, step, site.units) for site in self.sites for step in steps]
+        frame = pandas.DataFrame(rows, columns=["site", "step", "units"])
+        counts = Counter((event.site, event.until, event.kind) for event in self.history)
+        for kind in ("death", "revival"):
+            frame[f"{kind}s"] = [counts[name, step, kind] for name, step, _ in rows]
+        frame["dead"] = (frame.deaths - frame.revivals).groupby(frame.site).cumsum()
+        return frame.assign(dead_fraction=frame.dead / frame.units.clip(1))
+
+    def plot(self) -> Any:
+        """Draw the dead share over time, above deaths and revivals; return a matplotlib figure."""
+        if not self.sites:
+            raise ValueError("no site is followed, so there is nothing to draw")
+        pyplot = require("matplotlib.pyplot", "figures")
+        options: Any = {"figsize": (5.2, 4.2), "height_ratios": (2, 1), "layout": "constrained"}
+        figure, (above, below) = pyplot.subplots(2, 1, sharex=True, **options)
+        frame = self.to_frame()
+        total = frame.groupby("step").sum(numeric_only=True)
+        line: Any = {"edges": [0, *total.index], "baseline": None}
+        bars: Any = {"edges": [0, *total.index], "fill": True, "edgecolor": "white"}
+        for k, (_, site) in enumerate(frame.groupby("site")):
+            label = "_" * min(k, 1) + "each site"  # in the legend once
+            above.stairs(site.dead_fraction, color="#999999", label=label, **line)
+        shares = total.dead / total.units
+        above.stairs(shares, color="black", linewidth=3, label="all units", **line)
+        below.stairs(total.deaths, color="#D55E00", label="deaths", **bars)
+        below.stairs(-total.revivals, color="#0072B2", hatch="////", label="revivals", **bars)
+        above.set_title(f"{self.dead_fraction:.1%} of the units dead at step {self.step:,}")
+        above.set(ylabel="dead share", xlim=(0, self.step), ylim=(0, None))
+        below.set(ylabel="units", xlabel="step")
+        figure.legend(loc="outside lower center", ncols=4, columnspacing=1)
+        return figure
 
     def _remarks(self) -> list[str]:
         steps = f"Steps {self.step - self.window + 1} to {self.step}, n = {self.inputs:,} inputs."
         unfollowed = [f"Not followed: {', '.join(self.unfollowed)}."] * bool(self.unfollowed)
-        return [steps, *super()._remarks(), *unfollowed]
+        return [steps, *super()._remarks(), *advice(self), *unfollowed]
 
 
 class Watch:
@@ -114,7 +167,8 @@ class Watch:
         model: Any module. ``torch.compile``'s and the data-parallel wrappers are looked through.
         window: Steps per window.
         optimizer: Count its steps, or those of what it wraps, instead of forward passes.
-        unit_dim, batch_dim: As in :func:`relubook.units.diagnosis.diagnose`.
+        unit_dim, batch_dim, activations: As in :func:`relubook.units.diagnosis.diagnose`. Of those
+            that only their output tells to be silent, ``peak`` is the largest absolute output.
 
     Raises:
         TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
@@ -136,6 +190,7 @@ class Watch:
         optimizer: Any = None,
         unit_dim: int | Mapping[str, int | None] | None = None,
         batch_dim: int = 0,
+        activations: Activations = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
@@ -152,7 +207,9 @@ class Watch:
         self.history: list[Event] = []
         self.unfollowed, self.notes = list[str](), list[str]()
         self._model = unwrapped(model)
+        own_kinds(activations, {})  # raises what is wrong with it
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
+        self._options["activations"] = activations
         self._handles: list[Any] = []
         self._readers: list[Reader] = []
         self._sites: dict[str, Followed] = {}
@@ -252,7 +309,7 @@ class Watch:
             site.name = audit.name_of(key)
             old = self._sites.get(site.name, site)  # from an earlier with block
             if old.peak.shape == site.peak.shape:
-                site.peak, site.dead = old.peak, old.dead
+                site.peak, site.dead, site.born_dead = old.peak, old.dead, old.born_dead
             self._sites[site.name] = site
             for place in site.ways:
                 reader = Reader(self, site, place, audit)
@@ -260,6 +317,8 @@ class Watch:
                 if place == ("", False):  # the model's input: its call is under way
                     reader(self._model, args)
         unread = [site.name for site in audit.found.values() if site.unread]
+        uncalled = [getattr(key, "__name__", str(key)) for key in audit.uncalled]
+        self._leave_out(uncalled, "activations names them, but the audit did not call them")
         self._leave_out(unread, "no module gets or returns what they rectify")
         self._leave_out(list(audit.ambiguous), unclear(audit.ambiguous))
 
@@ -309,12 +368,14 @@ class Watch:
             for kind, units in (("death", dead & ~site.dead), ("revival", site.dead & ~dead)):
                 for unit in units.nonzero().flatten().tolist():
                     events.append(Event(first, self.step, site.name, unit, kind))
-            site.dead = dead
-            states.append(WatchedSite(site.name, dead, peak.float()))
+            site.dead, site.born_dead = dead, dead & site.born_dead
+            states.append(WatchedSite(site.name, dead, peak.float(), site.born_dead))
             site.peak.fill_(-torch.inf)
         self.history = [*self.history, *events]
         unfollowed = list(self.unfollowed)
-        self._report = WatchReport(states, self.step, self.window, self._inputs, unfollowed)
+        self._report = WatchReport(
+            states, self.step, self.window, self._inputs, unfollowed, self.history
+        )
         self._inputs = 0
 
     def compute(self) -> WatchReport:
