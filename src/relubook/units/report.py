@@ -149,10 +149,7 @@ class SiteReport:
 
     @property
     def at_risk(self) -> Tensor:
-        """Living units that are rare or in the tenth with the lowest peaks, ``bool``, (units,).
-
-        At the edge of usable rates they die twice as often as others (claim tool-rare-are-next).
-        """
+        """Living units that are rare or in the tenth of lowest peak: the next to die; ``bool``."""
         living = ~(self.dead | self.nonfinite) & self.silences
         return living & self.rare | near_cliff(self.peak, living)
 
