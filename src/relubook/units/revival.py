@@ -148,8 +148,7 @@ def revive_(
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments; by default the report's ``example``.
-        optimizer: The optimizer, or all of several, whose moments would go on to push the fresh
-            weights.
+        optimizer: The optimizer, or a list of all, whose moments would push the fresh weights on.
         tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
             most this (0.025 in the paper). They are not silent, so that the function moves a bit.
         generator: Source of the fresh weights; by default a new one, seeded from the global random
@@ -158,10 +157,9 @@ def revive_(
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
-        ValueError: If there is no batch, the report belongs to another model, or has no scores for
-            ``tau``, which is none itself, the optimizer does not hold a parameter that is to be
-            changed or is L-BFGS, or what the next layer gets on the batch is not finite. Whatever
-            is raised, model and optimizer are as before.
+        ValueError: If there is no batch; if the report belongs to another model, or ``tau`` is no
+            score, or has none there; if the optimizer is L-BFGS, or lacks a parameter to be changed;
+            or if a layer gets what is not finite. Model and optimizer then are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
