@@ -158,7 +158,7 @@ def revive_(
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
         ValueError: If there is no batch; if the report belongs to another model, or ``tau`` is no
-            score, or has none there; if the optimizer is L-BFGS, or lacks a parameter to be changed;
+            score, or has none there; if the optimizer is L-BFGS, or lacks a changed parameter;
             or if a layer gets what is not finite. Model and optimizer then are as before.
     """
     if not isinstance(model, nn.Module):
