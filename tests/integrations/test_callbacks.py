@@ -184,13 +184,13 @@ def test_lightning_trainer_that_failed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "library"),
+    ("make", "library", "extra"),
     [
-        (callbacks.hugging_face_callback, "transformers"),
-        (callbacks.lightning_callback, "pytorch_lightning"),
+        (callbacks.hugging_face_callback, "transformers", "hugging-face"),
+        (callbacks.lightning_callback, "pytorch_lightning", "lightning"),
     ],
 )
-def test_wrong_options_and_a_missing_library(monkeypatch, make, library):
+def test_wrong_options_and_a_missing_library(monkeypatch, make, library, extra):
     monkeypatch.delitem(sys.modules, "lightning.pytorch", raising=False)
     pytest.importorskip(library)
     with pytest.raises(ValueError, match="window must be"):
@@ -200,7 +200,7 @@ def test_wrong_options_and_a_missing_library(monkeypatch, make, library):
     with pytest.raises(TypeError, match="a SummaryWriter or a run of W&B, not a str"):
         callbacks.hugging_face_callback(writer="runs")
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=library):
+    with pytest.raises(ImportError, match=rf'pip install "relubook\[{extra}\]"'):
         make()
 
 

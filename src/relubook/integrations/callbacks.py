@@ -1,7 +1,7 @@
 """Watch the units of a model that a trainer of Hugging Face or Lightning trains."""
 
+import importlib
 import sys
-from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ def hugging_face_callback(*, writer: Any = None, **options: Any) -> Any:
     """
     if writer is not None:
         check(writer)
-    base = import_module("transformers").TrainerCallback
+    base = _library("transformers", "hugging-face").TrainerCallback
     return type("WatchCallback", (_HuggingFace, base), {})(options, writer)
 
 
@@ -41,8 +41,16 @@ def lightning_callback(module: str = "", **options: Any) -> Any:
     wrong ones raise TypeError or ValueError at once. ImportError without Lightning.
     """
     homes = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
-    base = import_module((*homes, "pytorch_lightning")[0]).Callback
+    base = _library((*homes, "pytorch_lightning")[0], "lightning").Callback
     return type("WatchCallback", (_Lightning, base), {})(options, module)
+
+
+def _library(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        message = f'{module} is not installed: pip install "relubook[{extra}]"'
+        raise ImportError(message, name=module) from error
 
 
 class _Callback:
