@@ -855,7 +855,7 @@ def test_dormant_units_behind_a_norm_that_enlarges_them_are_left():
     model.eval()
     before = state_of(model)
     revival = revive_(model, diagnose(model, [x], family="all"), x, tau=0.025)
-    assert "behind a norm, are not 0 to '3'" in revival.left[0].reason
+    assert "its units, if small, are not 0 to '3', nor the same" in revival.left[0].reason
     assert same(before, state_of(model))
 
 
@@ -1227,7 +1227,7 @@ def test_a_compiled_wrapper_is_looked_through():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["mlp", "groups", "transposed", "joined branches", "norm before",
-                                  "norm after"])  # fmt: skip
+                                  "norm after", "frozen norm before", "frozen norm after"])  # fmt: skip
 def test_on_a_gpu(name):
     build, dying, shape, _ = KEPT[name]
     model, x = settle(build()).double().cuda(), randn(*shape).double().cuda()

@@ -36,6 +36,7 @@ class _Counter(SiteFinder):
         super().__init__(model, **options)
         self.counts: dict[tuple[Any, ...], SiteReport] = {}
         self._now: dict[tuple[Any, ...], _Pass] = {}
+        self._fired: dict[tuple[Any, ...], Tensor] = {}  # how often, before the pass
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
@@ -74,6 +75,7 @@ class _Counter(SiteFinder):
             unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
             fired=zeros,
             fired_inputs=zeros.clone(),
+            quiet=zeros,
             peak=torch.full_like(zeros, -torch.inf, dtype=wide),
             nonfinite=zeros.bool(),
             magnitude=zeros.double() if self.smooth and site.kind.dim is None else None,
@@ -109,6 +111,8 @@ class _Counter(SiteFinder):
                 count.inputs += int(now.reached.sum())
                 if count.fired_inputs is not None:
                     count.fired_inputs += now.fired.sum(0)
+            count.quiet = (count.quiet + now.seen) * (count.fired == self._fired.get(key, 0))
+            self._fired[key] = count.fired.clone()
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:
