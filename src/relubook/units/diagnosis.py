@@ -47,22 +47,21 @@ class _Counter(SiteFinder):
         if site.key not in self._now:
             reached = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
             self._now[site.key] = _Pass(site.data, reached)
-        if x.numel():
-            self._now[site.key].seen += x.numel() // site.units
-            peak, low = site.per_unit(x, "amax"), site.per_unit(x, "amin")
-            count.peak = torch.maximum(count.peak, peak)
-            count.nonfinite |= ~(peak.isfinite() & low.isfinite())
-            if not site.kind.by_output:
-                self._add(site, site.kind.fires(x, None))
+        self._now[site.key].seen += x.numel() // site.units
+        peak, low = site.per_unit(x, "amax"), site.per_unit(x, "amin")
+        count.peak = torch.maximum(count.peak, peak)
+        count.nonfinite |= ~(peak.isfinite() & low.isfinite())
+        if not site.kind.by_output:
+            self._add(site, site.kind.fires(x, None))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
-        if x.numel() and site.kind.by_output:
+        if site.kind.by_output:
             self._add(site, site.kind.fires(x, out.detach()))
         magnitude = self.counts[site.key].magnitude
         if site.kind.dim is not None:  # of a maximum that is NaN, no piece is known to lose
             unknown = out.isnan().unsqueeze(site.kind.dim).expand_as(x)
             self.counts[site.key].nonfinite |= site.per_unit(unknown, "amax")
-        elif x.numel() and magnitude is not None:
+        elif magnitude is not None:
             magnitude += site.per_unit(out.detach().abs().double(), "sum")
 
     def _fresh(self, site: Site, x: Tensor) -> SiteReport:
@@ -156,9 +155,8 @@ def diagnose(
     features of a linear layer, whatever the leading dimensions. They are followed from the layer
     that produced them through views, permutations, sums and the like.
 
-    Each call of :func:`relubook.layers.maxout.maxout`, as in ``Maxout`` and ``MaxoutConv2d``, is a
-    site too, of kind ``"maxout piece"``: it tells on how many inputs each piece *wins*, alone or at
-    a tie. One that *never wins* is wasted, but no dead unit.
+    A call of :func:`relubook.layers.maxout.maxout` is a site of kind ``"maxout piece"``: it tells
+    on how many inputs each piece *wins*. One that *never wins* is wasted, but no dead unit.
 
     Args:
         model: Any module. It runs without gradients, in training or evaluation mode as it is.
@@ -171,28 +169,25 @@ def diagnose(
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
             size along ``batch_dim`` on which the tensors of the batch agree, save those of size 1.
         family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (GELU, SiLU,
-            softplus, hardtanh with another lower limit and so on). They have no silent region;
-            their units may be *dormant*, and ``fired`` counts positive pre-activations.
-        unit_dim: The dimension of units, for all sites, or by a mapping from a site's name (with
-            or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
-            a site out.
+            softplus). They have no silent region; their units may be *dormant*, and ``fired``
+            counts positive pre-activations.
+        unit_dim: The dimension of units, for all sites, or by a site's name (with or without
+            ``#k``) or pattern, such as ``"decoder.*"``; there, ``None`` leaves a site out.
         batch_dim: Dimension of the inputs along which they are batched.
-        activations: A mapping from activations of your own to ``"silent where 0"``, or to a
-            function of the output that returns a bool tensor of its shape, true where it is silent;
-            ``"never silent"`` lists smooth ones under ``family="all"``. Named are modules (by
-            class, itself, name or pattern) and Python functions (told by their code) or
-            ``autograd.Function`` that the model calls. Each call is a site, and rectifiers inside
-            are part of it. Units and ``peak`` are its input's if that has the output's shape, else
-            (a gate of half the width, a module with a layer inside) its output's.
+        activations: Activations of your own, each mapped to ``"silent where 0"``, to a function of
+            the output that tells where it is silent (bool, of its shape), or to ``"never silent"``
+            (smooth: for ``family="all"``). Named are modules (by class, itself, name or pattern)
+            and Python functions (told by their code) or ``autograd.Function`` that the model calls.
+            Rectifiers inside are part of it. Units and ``peak`` are those of its input if it has
+            the output's shape, else (half the width, a layer inside) those of its output.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
         buffers, the random state and the gradient mode are what they were.
 
     Raises:
-        TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
-            inputs and targets, or holds a key that the model does not take; if ``activations``
-            names anything else.
+        TypeError: If ``model`` is no module, ``activations`` names what is none, or data or a batch
+            is of an unknown kind, looks like inputs and targets, or holds an unknown key.
         ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
             ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
             was called, nor maxout; if ``unit_dim`` names no site or no dimension, ``activations``

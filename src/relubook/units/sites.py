@@ -169,10 +169,8 @@ class SiteFinder(TorchDispatchMode):
         activations: Activations = None,
     ) -> None:
         super().__init__()
-        self.smooth = smooth
-        self.unit_dim = unit_dim
-        self.batch_dim = batch_dim
-        self.batch_size = 0
+        self.smooth, self.unit_dim, self.batch_dim = smooth, unit_dim, batch_dim
+        self.batch_size = self._found = 0
         self.notes: dict[str, None] = {}
         self.seen_smooth: Counter[str] = Counter()
         self.used_overrides: set[str] = set()
@@ -189,7 +187,6 @@ class SiteFinder(TorchDispatchMode):
         self._own: tuple[FrameType | int, Kind, Tag, Tensor] | None = None
         self._handles: list[Any] = []
         self._stack: list[tuple[str, int]] = []
-        self._found = 0
         self._boundary: FrameType | None = None
         self._ranks: dict[tuple[Any, ...], int] = {}
         self._bases: Counter[str] = Counter()
@@ -300,8 +297,7 @@ class SiteFinder(TorchDispatchMode):
         own = self._own_kinds.get(name) if self._own is None else None
         if own is not None and (x := next(tensors_in(given), None)) is not None:
             self.uncalled.pop(own[0], None)
-            with _disable_current_modes():
-                self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
+            self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
 
     def _leave_own(self, call: FrameType | int, result: Any) -> None:
         """Count a call of an own activation, by its input if that gave the output its units."""
@@ -338,11 +334,9 @@ class SiteFinder(TorchDispatchMode):
         if not self._stack:
             self._boundary = None
         recurrent = isinstance(module, nn.RNNBase)
-        if not found and (
-            isinstance(module, RECTIFIERS) or (recurrent and module.mode == "RNN_RELU")
-        ):
-            what = f"NOT SEEN: {name} was called, but its rectifier runs inside a fused operator"
-            self._note(what)
+        rectifies = isinstance(module, RECTIFIERS) or (recurrent and module.mode == "RNN_RELU")
+        if rectifies and not found:
+            self._note(f"NOT SEEN: {name} was called, but its rectifier is in a fused operator")
         if recurrent:
             output = output[0] if isinstance(output, tuple) else output
             output = output.data if isinstance(output, PackedSequence) else output
