@@ -172,6 +172,7 @@ class Comments(SphinxTransform):
 
     default_priority = 400
     form = re.compile(r"\s*<!--\s*explorable:\s*([\w-]+)\s*-->\s*")
+    elsewhere = " (On the book's page.)"  # what a notebook adds, which cannot show the figure
 
     def apply(self, **_: Any) -> None:
         """Replace each comment by its figure and move the paragraph into it."""
@@ -184,6 +185,8 @@ class Comments(SphinxTransform):
             if not isinstance(after, nodes.paragraph):
                 raise ExtensionError(f"{self.env.docname}: {match[1]} needs a sentence after it")
             after.parent.remove(after)
+            for text in list(after.findall(nodes.Text)):
+                text.parent.replace(text, nodes.Text(text.removesuffix(self.elsewhere)))
             node += after
             comment.replace_self(node)
 

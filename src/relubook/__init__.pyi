@@ -12,6 +12,7 @@ from relubook.training.train import train as train
 from relubook.units.certificate import certify_dead as certify_dead
 from relubook.units.diagnosis import diagnose as diagnose
 from relubook.units.revival import revive_ as revive_
+from relubook.units.reviver import Reviver as Reviver
 from relubook.units.risk import off_center as off_center
 from relubook.units.watch import Watch as Watch
 

@@ -1,6 +1,5 @@
 """What a pass remembers of the one before, and what is counted in floats, changes no result."""
 
-import gc
 import random
 
 import pytest
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relubook.units import diagnosis
-from relubook.units._numbers import ByTensor, Numbering
+from relubook.units._numbers import Numbering
 from relubook.units.diagnosis import Report, diagnose
 
 
@@ -140,18 +139,3 @@ def test_data_whose_sum_overflows_are_finite():
         nn.Sequential(nn.Identity(), nn.ReLU()), [x], unit_dim=-1, forward=lambda model, x: model(x)
     )
     assert seen[0].nonfinite.tolist() == [False, False, True]
-
-
-def test_values_go_with_their_tensors():
-    values, x = ByTensor(), torch.randn(3)
-    values[x] = "first"
-    values[x] = "second"
-    assert values.get(x) == "second"
-    assert values.get(torch.randn(3)) is None
-    held = nn.Linear(1, 1)
-    held.x = x  # a tensor whose Python object may go and come back
-    del x
-    assert values.get(held.x) == "second"
-    del held
-    gc.collect()
-    assert not values._values

@@ -243,7 +243,7 @@ def test_at_level_0_it_is_relu(width, sizes, level):
     ("activations", "error", "words"),
     [
         ([JumpReLU], TypeError, "must be a mapping, not a list"),
-        ({JumpReLU: "zero"}, ValueError, "must be in .*never silent.*or a function of the output"),
+        ({JumpReLU: "zero"}, ValueError, "must be in .*never silent.*or be a function of the out"),
         ({JumpReLU: None}, ValueError, "'silent where 0'"),
         ({torch.relu: ZERO}, TypeError, "built-in.*none of: a module"),
         ({3: ZERO}, TypeError, "names 3, which is none of: a module"),

@@ -75,7 +75,8 @@ def test_off_center_of_extremes():
     [
         (TensorDataset(torch.ones(3, 2)), TypeError, "data is a TensorDataset, not a tensor"),
         ({"x": torch.ones(3, 2)}, TypeError, "data is a dict"),
-        (3.0, TypeError, "data is a float"),
+        (3.0, TypeError, "not iterable"),
+        ("ab", TypeError, "batch 0 holds str"),
         ([{"x": torch.ones(3, 2)}], TypeError, "batch 0 holds dict, not floating-point"),
         (torch.ones(3, 2).long(), TypeError, "batch 0 holds torch.int64"),
         (torch.ones(3, 2, dtype=torch.complex64), TypeError, "batch 0 holds torch.complex64"),
@@ -140,14 +141,14 @@ def test_a_watched_site_knows_who_is_at_risk_and_who_was_dead_from_the_start():
     model, z = model_with(0, *[0.5] * 11)
     with Watch(model, window=2) as watch:
         for step in range(4):
-            model(z if step < 2 else z.index_fill(1, torch.tensor(3), -1.0))
+            silent = torch.tensor(4 if step < 2 else 3)
+            model(z.index_fill(1, silent, -1.0))
             site = watch.compute()[0] if step % 2 else None
     assert site.dead.nonzero().flatten().tolist() == [0, 3]
-    assert site.born_dead.nonzero().flatten().tolist() == [0]
     assert site.at_risk.nonzero().flatten().tolist() == [1]
     text = repr(watch.compute())
     assert "ADVICE from Dead before the first step: silent since watching began: 1." in text
-    unreached = WatchedSite("1", site.dead, torch.full((12,), -torch.inf), site.dead)
+    unreached = WatchedSite("1", site.dead, torch.full((12,), -torch.inf))
     assert not unreached.at_risk.any()
     with Watch(model, window=1) as alive:
         model(z.abs())

@@ -109,8 +109,8 @@ def own_kinds(activations: Activations, modules: Mapping[str, nn.Module]) -> Cal
     found: Calls = {}
     for key, rule in (activations or {}).items():
         if not callable(rule) and rule not in list(RULES):
-            what = f"activations[{key!r}] must be in {list(RULES)}"
-            raise ValueError(f"{what}, or a function of the output")
+            rules = f"{list(RULES)} or be a function of the output"
+            raise ValueError(f"activations[{key!r}] must be in {rules}")
         kind = RULES[rule] if isinstance(rule, str) else partial(by_output, silent=rule)
         parents = key.__mro__ if isinstance(key, type) else ()
         function = key.forward if torch.autograd.Function in parents else key

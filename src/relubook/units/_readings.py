@@ -27,7 +27,6 @@ class Followed:
     peak: Tensor  # (units,)
     dead: Tensor  # bool, (units,), on the CPU: silent in the last window that reached it
     name: str = ""
-    born_dead: Tensor | bool = True  # bool, (units,), on the CPU: silent in every window
     # For each place that feeds it, and each call there (from 1) that does, the dimension of the
     # units in the tensor, counted from the end.
     ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))

@@ -39,6 +39,7 @@ class _Counter(SiteFinder):
         self.counts: dict[tuple[Any, ...], SiteReport] = {}
         self._low: dict[tuple[Any, ...], Tensor] = {}  # smallest pre-activation of each unit
         self._now: dict[tuple[Any, ...], _Pass] = {}
+        self._fired: dict[tuple[Any, ...], Tensor] = {}  # how often, before the pass
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
@@ -81,6 +82,7 @@ class _Counter(SiteFinder):
             unit_dim=site.dims[0] if len(site.dims) == 1 else site.dims,
             fired=zeros,
             fired_inputs=zeros.clone(),
+            quiet=zeros.clone(),
             peak=torch.full_like(zeros, -torch.inf, dtype=wide),
             nonfinite=zeros.bool(),
             magnitude=zeros.double() if self.smooth and site.kind.dim is None else None,
@@ -123,6 +125,8 @@ class _Counter(SiteFinder):
                 if count.fired_inputs is not None:
                     once = whole and now.seen == self.batch_size
                     count.fired_inputs += fired if once else now.fired.sign().sum(0).long()
+            count.quiet = (count.quiet + now.seen) * (count.fired == self._fired.get(key, 0))
+            self._fired[key] = count.fired.clone()
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:
@@ -170,9 +174,8 @@ def diagnose(
     features of a linear layer, whatever the leading dimensions. They are followed from the layer
     that produced them through views, permutations, sums and the like.
 
-    Each call of :func:`relubook.layers.maxout.maxout`, as in ``Maxout`` and ``MaxoutConv2d``, is a
-    site too, of kind ``"maxout piece"``: it tells on how many inputs each piece *wins*, alone or at
-    a tie. One that *never wins* is wasted, but no dead unit.
+    A call of :func:`relubook.layers.maxout.maxout` is a site of kind ``"maxout piece"``: it tells
+    on how many inputs each piece *wins*. One that *never wins* is wasted, but no dead unit.
 
     Args:
         model: Any module. It runs without gradients, in training or evaluation mode as it is.
@@ -185,28 +188,25 @@ def diagnose(
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
             size along ``batch_dim`` on which the tensors of the batch agree, save those of size 1.
         family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (GELU, SiLU,
-            softplus, hardtanh with another lower limit and so on). They have no silent region;
-            their units may be *dormant*, and ``fired`` counts positive pre-activations.
-        unit_dim: The dimension of units, for all sites, or by a mapping from a site's name (with
-            or without ``#k``, or a pattern such as ``"decoder.*"``). ``None`` in the mapping leaves
-            a site out.
+            softplus). They have no silent region; their units may be *dormant*, and ``fired``
+            counts positive pre-activations.
+        unit_dim: The dimension of units, for all sites, or by a site's name (with or without
+            ``#k``) or pattern, such as ``"decoder.*"``; there, ``None`` leaves a site out.
         batch_dim: Dimension of the inputs along which they are batched.
-        activations: A mapping from activations of your own to ``"silent where 0"``, or to a
-            function of the output that returns a bool tensor of its shape, true where it is silent;
-            ``"never silent"`` lists smooth ones under ``family="all"``. Named are modules (by
-            class, itself, name or pattern) and Python functions (told by their code) or
-            ``autograd.Function`` that the model calls. Each call is a site, and rectifiers inside
-            are part of it. Units and ``peak`` are its input's if that has the output's shape, else
-            (a gate of half the width, a module with a layer inside) its output's.
+        activations: Activations of your own, each mapped to ``"silent where 0"``, to a function of
+            the output that tells where it is silent (bool, of its shape), or to ``"never silent"``
+            (smooth: for ``family="all"``). Named are modules (by class, itself, name or pattern)
+            and Python functions (told by their code) or ``autograd.Function`` that the model calls.
+            Rectifiers inside are part of it. Units and ``peak`` are those of its input if it has
+            the output's shape, else (half the width, a layer inside) those of its output.
 
     Returns:
         The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
         buffers, the random state and the gradient mode are what they were.
 
     Raises:
-        TypeError: If ``model`` is no module, or data or a batch is of an unknown kind, looks like
-            inputs and targets, or holds a key that the model does not take; if ``activations``
-            names anything else.
+        TypeError: If ``model`` is no module, ``activations`` names what is none, or data or a batch
+            is of an unknown kind, looks like inputs and targets, or holds an unknown key.
         ValueError: If the data hold no batch, an empty one, or NaN or infinity without a
             ``forward`` to answer for them; if the number of inputs cannot be told; if no rectifier
             was called, nor maxout; if ``unit_dim`` names no site or no dimension, ``activations``

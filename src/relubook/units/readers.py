@@ -40,7 +40,6 @@ REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm)
 NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)
-SUM = "a sum (a residual connection)"
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
@@ -251,7 +250,7 @@ class Tracer(SiteFinder):
         running = self._stack[-1][0] if self._stack else ""
         what = f"{operator}()"
         if operator in ("add", "sub", "rsub") and sum(map(self._is_data, given)) > 1:
-            what, words = SUM, []
+            what, words = "a sum (a residual connection)", []
         elif running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
         results, kept = list(tensors_in(out)), list[Any]([None])
@@ -333,9 +332,9 @@ class Tracer(SiteFinder):
             if name is None:
                 what = self.made_by[before[0]]
                 raise Unpaired(f"{what} lies between {before[0]!r} and the layers")
-        if (uses := len(self.ways[name].sites)) > 1:
-            raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
         layer, units = self._check(name, REPAIRED), chosen.nonzero().flatten()
+        if (uses := len(self.ways[name].sites)) != 1:
+            raise Unpaired(f"{name!r} feeds {uses} sites that can be followed, not 1")
         outputs, dim = len(turned(layer, layer.weight)), unit_dim(layer, chosen)
         if outputs != len(chosen) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(chosen)} units lie along dimension {site.unit_dim}"
@@ -366,8 +365,7 @@ class Tracer(SiteFinder):
         even = (high - low)[columns] <= 1e-6 * torch.maximum(low.abs(), high.abs())[columns]
         sink = Sink(name, module, columns, torch.where(columns, (low + high) / 2, 0.0))
         if sink.is_folded or not bool(even.all()):
-            state = "behind a norm" if alive else "while silent"
-            where = f"its units, {state}, are not 0 to {name!r}"
+            where = f"its units, {'if small' if alive else 'while silent'}, are not 0 to {name!r}"
             if module.bias is None:
                 raise Unpaired(f"{where}, which has no bias that could take over the rest")
             known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])

@@ -1,6 +1,7 @@
 """What every report on a model shares, and the report of ``diagnose``."""
 
 import io
+import math
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -75,6 +76,8 @@ class SiteReport:
         location: ``"file.py:12"``, the line of the model that made the call, if known.
         calls: How often it was called, over all batches.
         fixed: Whether it depends on no input.
+        quiet: ``int64``: on how many observations it was silent since the last batch in which it
+            fired; all of them if it never did, or saw NaN only.
     """
 
     name: str
@@ -93,6 +96,7 @@ class SiteReport:
     location: str | None = None
     calls: int = 0
     fixed: bool = False
+    quiet: Any = None
 
     @property
     def units(self) -> int:
@@ -145,10 +149,7 @@ class SiteReport:
 
     @property
     def at_risk(self) -> Tensor:
-        """Living units that are rare or in the tenth with the lowest peaks, ``bool``, (units,).
-
-        At the edge of usable rates they die twice as often as others (claim tool-rare-are-next).
-        """
+        """Living units that are rare or in the tenth of lowest peak: the next to die; ``bool``."""
         living = ~(self.dead | self.nonfinite) & self.silences
         return living & self.rare | near_cliff(self.peak, living)
 
@@ -318,6 +319,19 @@ class Report(UnitListing[SiteReport]):
         axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return axes.figure
 
+    def plot_density(self, axes: Any = None) -> Any:
+        """Draw histograms of log10 of the rates of the units that fired; return their figure."""
+        pyplot = require("matplotlib.pyplot", "figures")
+        axes = pyplot.subplots(layout="constrained")[1] if axes is None else axes
+        low = -math.log10(max(1, *(site.observations for site in self.sites)))
+        for site in self.sites:
+            rates = site.rate[site.fired > 0].log10().tolist()
+            label = f"{site.name}: {site.units - len(rates):,} of {site.units:,} never"
+            axes.hist(rates, bins=50, range=(low, 0), histtype="step", label=label)
+        axes.set(xlabel="log10 of the share of observations on which it fired", ylabel="units")
+        axes.legend()
+        return axes.figure
+
     def _rows(self) -> list[list[str]]:
         columns = ["site", "kind", "units", "dead", "rare", "always on"]
         columns += ["never wins"] * any(site.kind == PIECE for site in self.sites)
@@ -397,4 +411,5 @@ def _sum(one: SiteReport, two: SiteReport) -> SiteReport:
     if one.fixed:
         sums |= {"inputs": 1, "fired_inputs": (sums["fired"] > 0).long()}
     peak, nonfinite = torch.maximum(*both["peak"]), torch.logical_or(*both["nonfinite"])
+    sums["quiet"] = two.quiet + one.quiet * (two.fired == 0)
     return replace(one, **sums, peak=peak, nonfinite=nonfinite)

@@ -23,7 +23,7 @@ True
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,30 +127,28 @@ def revive_(
 
     **What stays.** In evaluation mode the output is the same on every input on which all revived
     units were silent: bit for bit, or up to rounding where a batch norm behind the rectifier turns
-    the unit's 0 into a constant, whose part the next layer's bias takes over. In training mode the
-    function can change by what running and batch mean differ. A site whose repair moves the outputs
-    on the batch is put back and listed.
+    the unit's 0 into a constant, whose part the next layer's bias takes over. In training mode it
+    can change by what running and batch mean differ. A site whose repair moves the outputs on the
+    batch is put back and listed.
 
-    **Which layers come next** is observed in two passes, in evaluation and in training mode, on the
-    path that the batch takes. Left and listed with the reason: sums (residual connections), layer
-    norm and whatever else may mix units; a norm's constant before zero padding or a layer without
-    bias; layers that are neither linear nor convolutions, are called more than once, share a
-    weight, carry a parametrization, or are frozen.
+    **Which layers come next** is observed in evaluation and in training mode, on the path that the
+    batch takes. Left and listed with the reason: sums (residual connections), layer norm and what
+    else may mix units; a norm's constant before zero padding or a layer without bias; layers that
+    are not linear or convolutions, called more than once, parametrized, frozen, or share a weight.
 
-    **How they learn.** In the first step only the outgoing weights get a gradient that is not zero,
-    from the second step on the incoming ones too. The optimizer's running averages become 0 in the
-    changed entries, but second moments of outgoing weights the mean over the tensor's other
-    entries; other state returns to its start, and Adam's step count is kept. With second moments of
-    0, Adam's updates rise from 3.2 to 6.6 times the learning rate (RMSprop: 10 times): incoming
-    weights learn soon by that, outgoing ones would disturb the function.
+    **How they learn.** In the first step only the outgoing weights get a gradient, from the second
+    on the incoming ones too. The optimizer's running averages become 0 in the changed entries, but
+    second moments of outgoing weights the mean over the tensor's other entries; other state returns
+    to its start, and Adam's step count stays. With second moments of 0, Adam's updates rise from
+    3.2 to 6.6 times the learning rate (RMSprop: 10 times): incoming weights learn soon by that,
+    outgoing ones would disturb the function.
 
     Args:
         model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments; by default the report's ``example``.
-        optimizer: The optimizer, or all of several, whose moments would go on to push the fresh
-            weights.
+        optimizer: The optimizer, or a list of all, whose moments would push the fresh weights on.
         tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
             most this (0.025 in the paper). They are not silent, so that the function moves a bit.
         generator: Source of the fresh weights; by default a new one, seeded from the global random
@@ -159,10 +157,9 @@ def revive_(
 
     Raises:
         TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
-        ValueError: If there is no batch, the report belongs to another model, or has no scores for
-            ``tau``, which is none itself, the optimizer does not hold a parameter that is to be
-            changed or is L-BFGS, or what the next layer gets on the batch is not finite. Whatever
-            is raised, model and optimizer are as before.
+        ValueError: If there is no batch; if the report belongs to another model, or ``tau`` is no
+            score, or has none there; if the optimizer is L-BFGS, or lacks a changed parameter;
+            or if a layer gets what is not finite. Model and optimizer then are as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -176,15 +173,19 @@ def revive_(
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
     optimizers, chosen = listed(optimizer), _chosen(report, tau)
     plans, reasons = find_readers(model, report.sites, batch, chosen)
-    _check_held(optimizers, plans)
+    held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    missing = {repr(n) for plan in plans for n, p in plan.parameters() if p not in held}
+    if missing and optimizers:
+        whose = "optimizer does" if len(optimizers) == 1 else "optimizers do"
+        raise ValueError(f"the {whose} not hold {', '.join(sorted(missing))}")
     if generator is None:  # the global random state gives the seed and stays where it is
         with torch.random.fork_rng([]):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    changes, fresh = [], list[_Fresh]()
+    changes, fresh = [], dict[Tensor, Tensor]()
     with torch.no_grad(), ExitStack() as undo:  # puts all back, unless it is emptied
         before = _outputs(model, batch)
         for plan in plans:
-            repair = _Repair(plan)
+            repair = _Repair(plan, fresh)
             with repair.undo:
                 repair.undo.callback(generator.set_state, generator.get_state())
                 repair.cut()
@@ -201,7 +202,6 @@ def revive_(
             folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
             norm = plan.before[0] if plan.before else None
             changes.append(Change(plan.site, plan.producer, plan.units, norm, cut, folded, silent))
-            fresh += repair.fresh
         for one in optimizers:
             _reset_state(one, fresh, undo)
         undo.pop_all()
@@ -234,31 +234,20 @@ def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> li
     return seen or list(tensors_in(out))
 
 
-class _Fresh(NamedTuple):
-    """Entries of a parameter that start anew, and whether they are outgoing weights."""
-
-    layer: Any
-    parameter: Tensor
-    entries: Tensor
-    outgoing: bool
-
-
 class _Repair:
     """The repair of one site; what ``undo`` holds puts it back."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.undo = ExitStack()
-        self.fresh: list[_Fresh] = []
+    def __init__(self, plan: Plan, fresh: dict[Tensor, Tensor]) -> None:
+        self.plan, self.norm = plan, plan.before[1] if plan.before else None
+        self.undo, self.fresh = ExitStack(), fresh
 
-    def write(
-        self, layer: Any, tensor: Tensor, index: Tensor, value: Any, outgoing: bool = False
-    ) -> None:
-        """Set entries, and note that they start anew."""
-        self.undo.callback(tensor.copy_, tensor.clone())
-        index = index.to(tensor.device)
-        turned(layer, tensor)[index] = torch.as_tensor(value).to(tensor)
-        self.fresh.append(_Fresh(layer, tensor, index, outgoing))
+    def write(self, layer: Any, tensor: Tensor, at: Tensor, value: Any, cut: bool = False) -> None:
+        """Set entries, and mark that they start anew: by 2 if outgoing weights, else by 1."""
+        mark = self.fresh.setdefault(tensor, torch.zeros_like(tensor, dtype=torch.uint8))
+        new = torch.as_tensor(value).to(tensor)
+        for changed, entries in ((tensor, new), (mark, 1 + cut)):
+            self.undo.callback(changed.copy_, changed.clone())
+            turned(layer, changed)[at.to(tensor.device)] = entries
 
     def cut(self) -> None:
         """Set the outgoing weights to zero."""
@@ -276,7 +265,7 @@ class _Repair:
                     bias = module.bias.double() + (weight * constant).sum(1)
                     self.undo.callback(module.bias.copy_, module.bias.clone())
                     module.bias.copy_(bias)
-            self.write(module, module.weight, columns, 0.0, outgoing=True)
+            self.write(module, module.weight, columns, 0.0, cut=True)
 
     def draw(self, init: Callable[..., Any], generator: torch.Generator) -> None:
         """Draw the incoming weights."""
@@ -288,9 +277,8 @@ class _Repair:
         if not bool(fresh.isfinite().all()):
             raise ValueError("init returned weights that are not finite")
         resets = [(layer, layer.weight, fresh), (layer, layer.bias, 0.0)]
-        if self.plan.before is not None:
-            norm = self.plan.before[1]
-            resets += [(norm, norm.weight, 1.0), (norm, norm.bias, 0.0)]
+        if self.norm is not None:
+            resets += [(self.norm, self.norm.weight, 1.0), (self.norm, self.norm.bias, 0.0)]
         for owner, parameter, value in resets:
             if parameter is not None:
                 self.write(owner, parameter, units, value)
@@ -301,11 +289,10 @@ class _Repair:
         values = out.movedim(unit_dim(layer, out), -1)[..., units.to(out.device)]
         values = values.double().reshape(-1, len(units))
         variance, mean = torch.var_mean(values, dim=0, correction=0)
-        if self.plan.before is not None:
-            norm = self.plan.before[1]
-            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-                if buffer is not None:
-                    self.write(norm, buffer, units, value)
+        if self.norm is not None:
+            for name, value in (("running_mean", mean), ("running_var", variance)):
+                if (buffer := getattr(self.norm, name)) is not None:
+                    self.write(self.norm, buffer, units, value)
         elif layer.bias is not None:
             self.write(layer, layer.bias, units, -mean)
         else:
@@ -316,27 +303,23 @@ class _Repair:
         return int((values.amax(0) <= mean).sum())
 
 
-def _reset_state(optimizer: torch.optim.Optimizer, fresh: list[_Fresh], undo: ExitStack) -> None:
-    """Let an optimizer's state of the entries that start anew do so too."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    changed = {id(entry.parameter): entry.parameter for entry in fresh}
-    for parameter in [changed[key] for key in changed if key in groups]:
-        anew = torch.zeros_like(parameter, dtype=torch.bool)
-        outgoing = anew.clone()
-        for entry in fresh:
-            if entry.parameter is parameter:
-                turned(entry.layer, anew)[entry.entries] = True
-                turned(entry.layer, outgoing)[entry.entries] = entry.outgoing
+def _reset_state(
+    optimizer: torch.optim.Optimizer, fresh: dict[Tensor, Tensor], undo: ExitStack
+) -> None:
+    """Let an optimizer's state of the marked entries start anew too."""
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in fresh.keys() & groups.keys():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 continue
             undo.callback(value.copy_, value.clone())
-            at, others = anew.to(value.device), value[~anew.to(value.device)]
+            mark = fresh[parameter].to(value.device)
+            at, others = mark > 0, value[mark == 0]
             begin = "lr" if key == "step_size" else "initial_accumulator_value"
-            start = float(groups[id(parameter)].get(begin, 0.0))
+            start = float(groups[parameter].get(begin, 0.0))
             value[at] = parameter.to(value)[at] if key == "ax" else start
             if key in _SECOND_MOMENTS and len(others):
-                value[outgoing.to(value.device)] = others.mean()
+                value[mark == 2] = others.mean()
 
 
 def _is_same(before: Tensor, after: Tensor) -> bool:
@@ -356,15 +339,5 @@ def listed(optimizer: Any) -> list[torch.optim.Optimizer]:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer is a {type(one).__name__}, not a torch.optim.Optimizer")
         if isinstance(one, torch.optim.LBFGS):
-            raise ValueError(
-                "L-BFGS keeps no state per entry: pass a new one after revive_ instead"
-            )
+            raise ValueError("L-BFGS keeps no state per entry: make a new one afterwards")
     return optimizers
-
-
-def _check_held(optimizers: list[torch.optim.Optimizer], plans: list[Plan]) -> None:
-    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
-    missing = {repr(n) for plan in plans for n, p in plan.parameters() if id(p) not in held}
-    if missing and optimizers:
-        whose = "optimizer does" if len(optimizers) == 1 else "optimizers do"
-        raise ValueError(f"the {whose} not hold {', '.join(sorted(missing))}")

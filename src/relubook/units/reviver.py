@@ -23,22 +23,19 @@ class Reviver:
     weights, outgoing weights of 0 and a fresh optimizer state. :func:`revive_` says how, and what
     it leaves. Under ``torch.distributed`` all processes must step, and take over the first's state.
 
+    Args:
+        model, optimizer, generator: As in :func:`revive_`.
+        every: Steps from one revival to the next.
+        what: ``"dead"``, which leaves the function on the batch as it is, or ``"dormant"``.
+        tau: Largest score of a dormant unit.
+        options: Those of :func:`relubook.units.diagnosis.diagnose`, such as ``unit_dim``.
+
     Attributes:
         steps: Number of steps so far; set it when a run is resumed.
         history: A pair ``(steps, revival)`` for each time it was due.
 
-    Args:
-        model: Any module. ``torch.compile``'s and the data-parallel wrappers are looked through.
-        optimizer: The optimizer, or all of several.
-        every: Steps from one revival to the next.
-        what: ``"dead"``, which leaves the function on the batch as it is, or ``"dormant"``.
-        tau: Largest score of a dormant unit.
-        generator: As in :func:`revive_`.
-        options: Those of :func:`relubook.units.diagnosis.diagnose`, such as ``unit_dim``.
-
     Raises:
-        TypeError: If ``model`` or ``optimizer`` is something else, or an option is unknown.
-        ValueError: If another argument has no such value. A step that is due raises what
+        TypeError, ValueError: If an argument is none such. A step that is due raises what
             ``diagnose`` and ``revive_`` do; then nothing is revived.
 
     Example:

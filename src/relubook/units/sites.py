@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import Any
@@ -107,10 +108,8 @@ class SiteFinder(TorchDispatchMode):
         activations: Activations = None,
     ) -> None:
         super().__init__()
-        self.smooth = smooth
-        self.unit_dim = unit_dim
-        self.batch_dim = batch_dim
-        self.batch_size = 0
+        self.smooth, self.unit_dim, self.batch_dim = smooth, unit_dim, batch_dim
+        self.batch_size = self._found = 0
         self.notes: dict[str, None] = {}
         self.seen_smooth: Counter[str] = Counter()
         self.used_overrides: set[str] = set()
@@ -127,7 +126,6 @@ class SiteFinder(TorchDispatchMode):
         self._own: tuple[FrameType | int, Kind, Tag, Tensor] | None = None
         self._handles: list[Any] = []
         self._stack: list[tuple[str, int]] = []
-        self._found = 0
         self._boundary: FrameType | None = None
         self._ranks: dict[tuple[Any, ...], int] = {}
         self._bases: Counter[str] = Counter()
@@ -208,12 +206,17 @@ class SiteFinder(TorchDispatchMode):
 
     def _mark(self, value: Any, data: bool) -> None:
         """Tag the tensors that no operator has tagged."""
-        dim = self.batch_dim
-        for tensor in tensors_in(value):
-            if self._numbers.of(tensor) is None:
-                inside = data and -tensor.ndim <= dim < tensor.ndim
-                batched = inside and tensor.shape[dim] == self.batch_size
-                self._numbers.enter_input(tensor, dim if batched else None, data)
+        numbers, dim = self._numbers, self.batch_dim
+
+        def tag(shape: torch.Size) -> Tag:
+            inside = data and -len(shape) <= dim < len(shape)
+            batched = inside and shape[dim] == self.batch_size
+            return Tag(None, numbered(shape, dim) if batched else None, data)
+
+        for x in tensors_in(value):
+            if numbers.of(x) is None:
+                given = x.shape, data, self.batch_size
+                numbers.tags[x] = numbers.step(given, partial(tag, x.shape))
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:
@@ -237,8 +240,7 @@ class SiteFinder(TorchDispatchMode):
         own = self._own_kinds.get(name) if self._own is None else None
         if own is not None and (x := next(tensors_in(given), None)) is not None:
             self.uncalled.pop(own[0], None)
-            with _disable_current_modes():
-                self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
+            self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
 
     def _leave_own(self, call: FrameType | int, result: Any) -> None:
         """Count a call of an own activation, by its input if that gave the output its units."""
@@ -276,11 +278,9 @@ class SiteFinder(TorchDispatchMode):
         if not self._stack:
             self._boundary = None
         recurrent = isinstance(module, nn.RNNBase)
-        if not found and (
-            isinstance(module, RECTIFIERS) or (recurrent and module.mode == "RNN_RELU")
-        ):
-            what = f"NOT SEEN: {name} was called, but its rectifier runs inside a fused operator"
-            self._note(what)
+        rectifies = isinstance(module, RECTIFIERS) or (recurrent and module.mode == "RNN_RELU")
+        if rectifies and not found:
+            self._note(f"NOT SEEN: {name} was called, but its rectifier is in a fused operator")
         if recurrent:
             output = output[0] if isinstance(output, tuple) else output
             output = output.data if isinstance(output, PackedSequence) else output

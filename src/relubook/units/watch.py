@@ -44,13 +44,11 @@ class WatchedSite:
 
     ``dead`` (``bool``) and ``peak`` have shape (units,): silent throughout the window, and largest
     pre-activation of it, ``-inf`` if the site was not reached, whose units then stay as they were.
-    ``born_dead``: silent since watching began.
     """
 
     name: str
     dead: Tensor
     peak: Tensor
-    born_dead: Tensor
     silences = True
     noun = "units"
 
@@ -61,7 +59,7 @@ class WatchedSite:
 
     @property
     def at_risk(self) -> Tensor:
-        """The tenth of the living units, rounded up, with the lowest peaks: ``bool``, (units,)."""
+        """The tenth of the living units with the lowest peaks: the next to die; ``bool``."""
         return near_cliff(self.peak, ~(self.dead | self.nonfinite | (self.peak == -torch.inf)))
 
     @property
@@ -314,7 +312,7 @@ class Watch:
             site.name = audit.name_of(key)
             old = self._sites.get(site.name, site)  # from an earlier with block
             if old.peak.shape == site.peak.shape:
-                site.peak, site.dead, site.born_dead = old.peak, old.dead, old.born_dead
+                site.peak, site.dead = old.peak, old.dead
             self._sites[site.name] = site
             for place in site.ways:
                 reader = Reader(self, site, place, audit)
@@ -373,8 +371,8 @@ class Watch:
             for kind, units in (("death", dead & ~site.dead), ("revival", site.dead & ~dead)):
                 for unit in units.nonzero().flatten().tolist():
                     events.append(Event(first, self.step, site.name, unit, kind))
-            site.dead, site.born_dead = dead, dead & site.born_dead
-            states.append(WatchedSite(site.name, dead, peak.float(), site.born_dead))
+            site.dead = dead
+            states.append(WatchedSite(site.name, dead, peak.float()))
             site.peak.fill_(-torch.inf)
         self.history = [*self.history, *events]
         unfollowed = list(self.unfollowed)
