@@ -322,10 +322,7 @@ class Numbering:
             numbers = self._joined(first, bound.get("dim", 0), which, operator == "cat")
         if numbers is None:
             return None
-        try:
-            out = func(**{name: numbers}, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
-        except (RuntimeError, TypeError, IndexError):  # an operator that takes no integers
-            return None
+        out = func(**{name: numbers}, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
         return out if isinstance(out, list | tuple) else [out]
 
     def _joined(self, given: Any, dim: int, which: str, cat: bool) -> list[Tensor] | None:

@@ -102,13 +102,13 @@ def find_readers(
 
     ValueError if a site names a layer that the model does not have.
     """
-    smooth = any(bool(chosen[site.name].any()) and not site.silences for site in sites)
+    ill = [site for site in sites if bool(chosen[site.name].any())]
+    smooth = any(not site.silences for site in ill)
     tracer, training = Tracer(model, smooth=smooth), Tracer(model, smooth=smooth)
     for site in sites:
         if site.producer not in (None, *tracer.ways):
             claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
             raise ValueError(f"{claim}, which the model does not have: diagnose this model")
-    ill = [site for site in sites if bool(chosen[site.name].any())]
     if ill:
         tracer.trace(model, batch)
         try:
@@ -119,11 +119,8 @@ def find_readers(
     for site in ill:
         try:
             plan = tracer.plan(site, chosen[site.name].detach().cpu())
-            try:
-                readers = training.readers(plan.producer, plan.units)
-            except Unpaired:
-                readers = {}
-            if readers != {sink.name: sink.columns.tolist() for sink in plan.sinks}:
+            cut = {sink.name: sink.columns.tolist() for sink in plan.sinks}
+            if training.readers(plan.producer, plan.units) != cut:
                 raise Unpaired("its units go other ways in training than in evaluation mode")
             plans.append(plan)
         except Unpaired as reason:
@@ -253,32 +250,28 @@ class Tracer(SiteFinder):
             what, words = "a sum (a residual connection)", []
         elif running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
-        results, kept = list(tensors_in(out)), list[Any]([None])
-        if known and results:
-            kept = self._kept(operator, func, bound, known, rectifies, results[0].shape)
-        if kept == [None]:
+        results = list(tensors_in(out))
+        kept = self._kept(operator, func, bound, known, rectifies, results)
+        if not kept:
             kept = words or [what]
             for x in known:
                 self._end(self._of[x], what)
         for k, result in enumerate(results):
-            numbers = kept[k % len(kept)]  # pooling returns indices too
+            numbers: Any = kept[k % len(kept)]  # pooling returns indices too
             flips = rectifies and isinstance(numbers, Tensor)
             self._of[result] = numbers.abs() if flips else numbers
 
     def _kept(
-        self,
-        operator: str,
-        func: Any,
-        bound: Mapping[str, Any],
-        known: Sequence[Tensor],
-        rectifies: bool,
-        shape: torch.Size,
-    ) -> list[Tensor | None]:
-        """Return the numbers of an operator's results; ``[None]`` if it may mix units."""
+        self, operator: str, func: Any, bound: Any, known: list[Tensor], flips: bool, results: Any
+    ) -> list[Any]:
+        """Return the numbers of an operator's results; none if it may mix units."""
+        if not (known and results):
+            return []
+        shape = results[0].shape
         (name, first), *others = bound.items()
         if operator in VIEWS or operator in PICKS:
             if any(isinstance(self._of.get(x), Tensor) for x in tensors_in(others)):
-                return [None]  # the units choose what is picked
+                return []  # the units choose what is picked
             moved = {name: tree_map_only(Tensor, self._numbers_of, first)}
             out = func(**moved, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
             return list(tensors_in(out))
@@ -289,16 +282,14 @@ class Tracer(SiteFinder):
             dims = list(range(first.ndim - int(spatial[1]), first.ndim))
         elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
             dims = gone(bound["dim"], first.ndim)
-        elif rectifies or operator in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
-            pass
-        elif torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all()):
-            if any(self._is_data(x) for x in tensors_in(bound) if not any(x is k for k in known)):
-                return [None]
-        else:
-            return [None]
-        fits = [x for own in known if (x := summed(self._of[own], dims, shape)) is not None]
-        same = len(fits) == len(known) and all(torch.equal(x, fits[0]) for x in fits)
-        return [fits[0] if same else None]
+        elif not flips and operator not in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
+            others = [x for x in tensors_in(bound) if not isinstance(self._of.get(x), Tensor)]
+            fired = torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all())
+            if not fired or any(map(self._is_data, others)):
+                return []
+        fits: list[Any] = [summed(self._of[own], dims, shape) for own in known]
+        same = all(x is not None and torch.equal(x, fits[0]) for x in fits)
+        return fits[:1] if same else []
 
     def _is_data(self, x: Tensor) -> bool:
         tag = self._numbers.of(x)
@@ -371,7 +362,10 @@ class Tracer(SiteFinder):
             known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])
             gaps = sink.constant[columns, None] - known
             even &= gaps.abs().amin(1) <= 1e-6 * sink.constant[columns].abs()
-            if not bool(even.all()) or _is_uneven(module):
+            convolves = isinstance(module, nn.modules.conv._ConvNd)
+            pads = convolves and any(module._reversed_padding_repeated_twice)
+            uneven = convolves and (module.transposed or (pads and module.padding_mode == "zeros"))
+            if uneven or not bool(even.all()):
                 raise Unpaired(f"{where}, nor the same constant everywhere")
         return sink
 
@@ -388,11 +382,3 @@ class Tracer(SiteFinder):
         if self.calls[name] != 1:
             raise Unpaired(f"{name!r} is called {self.calls[name]} times")
         return module
-
-
-def _is_uneven(module: Any) -> bool:
-    """Whether a layer does not sum a constant input to the same value everywhere."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return False
-    pads = module.padding != "valid" and (module.padding == "same" or any(module.padding))
-    return module.transposed or (module.padding_mode == "zeros" and pads)

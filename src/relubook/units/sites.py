@@ -7,10 +7,11 @@ checkpointed part.
 
 import fnmatch
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from traceback import walk_stack
 from types import CodeType, FrameType
@@ -22,15 +23,74 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from relubook.layers.maxout import maxout
-from relubook.units._kinds import PIECE, Activations, Kind, classify, is_zero, own_kinds
+from relubook.units._kinds import PIECE, Activations, Kind, Site, is_zero, kind_of, own_kinds, place
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, numbered
-from relubook.units._site import Site, placed
-from relubook.units._undisturbed import undisturbed, unwrapped
-
-__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "undisturbed", "unwrapped"]
 
 Dims = int | Mapping[str, int | None] | None
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``'s and the data-parallel wrappers."""
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run forward passes of a model and leave no trace, whatever happens inside.
+
+    Turns off gradients, autocast's cache, the fused path of ``nn.TransformerEncoderLayer`` and
+    ``torch.compile``; restores these, each module's training flag, all buffers, and the random
+    state of Python, NumPy (if imported), torch, and the accelerators in use.
+    """
+    # A frozen scripted module has no flag; a scripted one's buffers can only be written to.
+    training = [(part, part.training) for part in model.modules() if hasattr(part, "training")]
+    buffers: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None]] = []
+    for module in model.modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        held: Any = dict(module.named_buffers(recurse=False)) if scripted else module._buffers
+        for name, buffer in held.items():
+            buffers.append((held, name, buffer, None if buffer is None else buffer.clone()))
+    python_state = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if cuda else ()
+    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    cached = torch.is_autocast_cache_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing is slow
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        rnns = [module for module in model.modules() if isinstance(module, nn.RNN)]
+        if cuda and any(module.nonlinearity == "relu" for module in rnns):
+            # cuDNN's fused kernel hides the rectifier
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(torch.no_grad())
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch.set_autocast_cache_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_autocast_cache_enabled(cached)
+            for module, flag in training:
+                module.training = flag
+            for held, name, buffer, copy in buffers:
+                held[name] = buffer
+                if buffer is not None and copy is not None:
+                    buffer.copy_(copy)
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
 
 
 class AmbiguousUnitsError(ValueError):
@@ -314,7 +374,7 @@ class SiteFinder(TorchDispatchMode):
                 return out
         bound = dict(zip(names, args, strict=False)) | kwargs
         sought = "" if self._own else operator  # what runs inside an own activation is part of it
-        site, kind = None, classify(sought, bound)
+        site, kind = None, kind_of(sought, bound)
         if kind is not None:
             x, other = bound["self"], bound.get("other")
             if other is not None and not is_zero(other):
@@ -389,7 +449,7 @@ class SiteFinder(TorchDispatchMode):
             return None
         if inputs is None and (self.batch_size == 1 or not tag.data):
             inputs = numbered(x.shape)
-        placing = placed(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
+        placing = place(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
         if (size := self._sizes.setdefault(key, placing[0])) != placing[0]:
             what = f"it had {size} units before and has {placing[0]} now"
             self._unplaced[key] = f"shape {tuple(x.shape)}: {what}"
