@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALL_MAP = 16
-"""Largest linear map, in weights, for which plain arithmetic with the members side by side in
-memory beats batched matrix products."""
+"""With so many weights at most, plain arithmetic with members last in memory beats ``bmm``."""
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -63,7 +62,6 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias[:, None], input, self.weight)
 
     def _small(self, input: Tensor) -> Tensor:
-        """Multiply number by number, with the members last in memory."""
         columns = (input.permute(2, 1, 0) if input.dim() == 3 else input.mT[..., None]).unbind(0)
         rows = self.weight.permute(1, 2, 0).unsqueeze(2).unbind(0)
         if self.bias is None:

@@ -203,8 +203,6 @@ def _marks(record: int | Iterable[int] | None, steps: int) -> set[int]:
 
 
 class _Trainer:
-    """What changes while a stack is trained, and what is measured on the way."""
-
     def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: Any, bar: Any):
         self.stack, self.numbers, self.data, self.check = stack, numbers, data, check
         self.bar = bar
@@ -218,7 +216,6 @@ class _Trainer:
         self.kept: list[dict[str, Tensor]] = []
 
     def backward(self, batch: tuple[Tensor, Tensor], measured: bool, clip: float | None) -> None:
-        """Compute the gradient of every member's loss, and clip it."""
         self.numbers.gradient.zero_()
         self.data.each(self.stack(batch[0]), batch[1]).sum().backward()
         if measured or clip is not None:
@@ -228,7 +225,6 @@ class _Trainer:
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
-        """Measure losses, accuracies and dead units."""
         self.stack.eval()
         loss, accuracy, fires = self._evaluate(self.data, True)
         other = self._evaluate(self.check, False)[:2] if self.check else (self.unknown,) * 2
@@ -280,7 +276,6 @@ class _Trainer:
         return loss, hits, fires
 
     def run(self, rates: Tensor, interrupted: bool) -> TrainingRun:
-        """Return what was measured."""
         names, seeds = self.kept[0], self.stack.seeds
         kept: Any = {name: torch.stack([at[name] for at in self.kept]).cpu() for name in names}
         since = [since.cpu() for since in self.died]
@@ -291,7 +286,6 @@ class _Trainer:
 def _train_apart(
     stack: Stack, data: MemberData, check: Any, rates: Tensor, jobs: int, **settings: Any
 ) -> TrainingRun:
-    """Train ranges of members by joblib and put the results into the stack."""
     joblib = require("joblib", "training on several processes")
     calls = []
     for part in seed_ranges(len(stack), jobs):
@@ -305,7 +299,6 @@ def _train_apart(
 
 
 def _train_part(stack: Stack, x: Tensor, y: Tensor, settings: dict[str, Any]) -> TrainingRun:
-    """Train a range of members on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -244,21 +244,19 @@ class Numbering:
 
     def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
         """Make sure of the tag of a known layer's output, whatever operators it used."""
-        tag = self.tags.get(output)
-        found = self.step(
-            (name, tag, output.shape), lambda: self._layer(name, module, output, tag or Tag())
-        )
-        if found is not None:
-            self.tags[output] = found
+        tag, shape = self.tags.get(output), output.shape
 
-    def _layer(self, name: str, module: nn.Module, output: Tensor, tag: Tag) -> Tag | None:
-        units, dim = tag.units, tag.layer.dim
-        if units is None:
-            dim = unit_dim(module, output)
-            if isinstance(module, nn.Linear) and output.shape[-1] != module.out_features:
-                return None
-            units = numbered(output.shape, dim)
-        return self.renewed(tag, units, dim, Layer(name, (name,)))
+        def layer() -> Tag | None:
+            old = tag or Tag()
+            units, dim = old.units, old.layer.dim
+            if units is None:
+                if isinstance(module, nn.Linear) and shape[-1] != module.out_features:
+                    return tag
+                dim = unit_dim(module, output)
+                units = numbered(shape, dim)
+            return self.renewed(old, units, dim, Layer(name, (name,)))
+
+        self.tags[output] = self.step((name, tag, shape), layer)
 
     def propagate(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
         """Tag the results ``out`` of an operator, given its arguments by name."""
@@ -299,18 +297,17 @@ class Numbering:
         moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
         found: list[Tag | None] = []
         for k, shape in enumerate(shapes):
-            tag = None
             if shape is None:
-                pass
+                found.append(None)
             elif not data and operator != "embedding":
-                tag = weights[0]
+                found.append(weights[0])
             elif moves:
                 first = self.of(next(iter(bound.values()))) or data[0]
                 first = first._replace(data=any(tag.data for tag in data))
-                tag = self._moved_tag(operator, first, *(own and own[k] for own in moved))
+                numbers = (own and own[k] for own in moved)
+                found.append(self._moved_tag(operator, first, *numbers))
             else:
-                tag = self._tag_of(operator, bound, data, weights, tuple(shape))
-            found.append(tag)
+                found.append(self._tag_of(operator, bound, data, weights, tuple(shape)))
         return found
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
@@ -385,9 +382,9 @@ class Numbering:
         if operator == "copy":
             given = self.of(bound["src"])
             return merged([given if given and not given.weight else first], shape)
-        given, dims = bound.get("self"), bound.get("dim", ())
+        given = bound.get("self")
         if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
-            dims = gone(dims, given.ndim)
+            dims = gone(bound["dim"], given.ndim)
             units, inputs = (summed(own, dims, shape) for own in first[:2])
             reason = first.reason if first.units is None else "its units were summed up"
             return Tag(units, inputs, first.data, reason, first.layer)

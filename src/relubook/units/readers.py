@@ -17,29 +17,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from relubook.units._numbers import (
-    PICKS,
-    SAME,
-    SHAPES,
-    VIEWS,
-    FrozenBatchNorm,
-    core,
-    gone,
-    numbered,
-    reshaped,
-    summed,
-    told_by,
-    unit_dim,
-)
+from relubook.units import _numbers
 from relubook.units.sites import Site, SiteFinder, hook, tensors_in
 
 # GPT-2's linear layer in transformers, with a weight of shape (inputs, outputs).
-Conv1D = told_by(lambda x: type(x).__name__ == "Conv1D" and hasattr(x, "nf"))
+Conv1D = _numbers.told_by(lambda x: type(x).__name__ == "Conv1D" and hasattr(x, "nf"))
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, _numbers.FrozenBatchNorm)
 NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)
+ALONE = {*_numbers.SAME, "mul", "native_dropout", "constant_pad_nd"}  # act on each unit alone
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
@@ -187,11 +175,11 @@ class Tracer(SiteFinder):
         self._inside = True
         self.calls[name] += 1
         x = next(tensors_in((args, kwargs)))
-        numbers, dim = self._of.get(x), unit_dim(module, x)
+        numbers, dim = self._of.get(x), _numbers.unit_dim(module, x)
         self.made_by[name] = numbers if isinstance(numbers, str) else "something"
         if not isinstance(numbers, Tensor):
             return
-        columns = core(numbers).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
+        columns = _numbers.core(numbers).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
         whose, last = columns.amin(1), columns.amax(1)
         if isinstance(module, LAYERS):
             self._end(columns[whose != last], f"{name!r} together with others")
@@ -206,12 +194,12 @@ class Tracer(SiteFinder):
     def _leave(self, name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         self._inside = False
         if isinstance(module, LAYERS):
-            units = numbered(out.shape, unit_dim(module, out))
+            units = _numbers.numbered(out.shape, _numbers.unit_dim(module, out))
             self._of[out] = -self.ways[name].first - units
         elif (numbers := self._of.get(next(tensors_in((args, kwargs))))) is not None:
             self._of[out] = numbers
             for way in self._ways(numbers):
-                least = out.movedim(unit_dim(module, out), 0).flatten(1).amin(1)
+                least = out.movedim(_numbers.unit_dim(module, out), 0).flatten(1).amin(1)
                 way.norms.append(least.double().cpu())
 
     def _ways(self, numbers: Any) -> list[Way]:
@@ -219,12 +207,12 @@ class Tracer(SiteFinder):
         if not isinstance(numbers, Tensor):
             return []
         ways = [Way(0), *self.ways.values()]
-        return [ways[k] for k in (core(numbers).abs() // LAYER).unique().tolist()]
+        return [ways[k] for k in (_numbers.core(numbers).abs() // LAYER).unique().tolist()]
 
     def _end(self, numbers: Any, what: str) -> None:
         """Note that units go where they may mix with others."""
         for way in self._ways(numbers):
-            way.ends.append((core(numbers).unique(), what))
+            way.ends.append((_numbers.core(numbers).unique(), what))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         """Take note that the operator under way is a rectifier."""
@@ -269,25 +257,25 @@ class Tracer(SiteFinder):
             return []
         shape = results[0].shape
         (name, first), *others = bound.items()
-        if operator in VIEWS or operator in PICKS:
+        if operator in _numbers.VIEWS or operator in _numbers.PICKS:
             if any(isinstance(self._of.get(x), Tensor) for x in tensors_in(others)):
                 return []  # the units choose what is picked
             moved = {name: tree_map_only(Tensor, self._numbers_of, first)}
             out = func(**moved, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
             return list(tensors_in(out))
-        if operator in SHAPES:
-            return [reshaped(self._of[first], shape)]
+        if operator in _numbers.SHAPES:
+            return [_numbers.reshaped(self._of[first], shape)]
         dims = list[int]()
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
             dims = list(range(first.ndim - int(spatial[1]), first.ndim))
         elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
-            dims = gone(bound["dim"], first.ndim)
-        elif not flips and operator not in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
+            dims = _numbers.gone(bound["dim"], first.ndim)
+        elif not flips and operator not in ALONE:
             others = [x for x in tensors_in(bound) if not isinstance(self._of.get(x), Tensor)]
             fired = torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all())
             if not fired or any(map(self._is_data, others)):
                 return []
-        fits: list[Any] = [summed(self._of[own], dims, shape) for own in known]
+        fits: list[Any] = [_numbers.summed(self._of[own], dims, shape) for own in known]
         same = all(x is not None and torch.equal(x, fits[0]) for x in fits)
         return fits[:1] if same else []
 
@@ -326,7 +314,7 @@ class Tracer(SiteFinder):
         layer, units = self._check(name, REPAIRED), chosen.nonzero().flatten()
         if (uses := len(self.ways[name].sites)) != 1:
             raise Unpaired(f"{name!r} feeds {uses} sites that can be followed, not 1")
-        outputs, dim = len(turned(layer, layer.weight)), unit_dim(layer, chosen)
+        outputs, dim = len(turned(layer, layer.weight)), _numbers.unit_dim(layer, chosen)
         if outputs != len(chosen) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(chosen)} units lie along dimension {site.unit_dim}"
             raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")
