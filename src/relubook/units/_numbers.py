@@ -297,21 +297,19 @@ class Numbering:
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
         moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
-        found: list[Tag | None] = []
-        for k, shape in enumerate(shapes):
-            tag = None
+
+        def tag_of(k: int, shape: Any) -> Tag | None:
             if shape is None:
-                pass
-            elif not data and operator != "embedding":
-                tag = weights[0]
-            elif moves:
-                first = self.of(next(iter(bound.values()))) or data[0]
-                first = first._replace(data=any(tag.data for tag in data))
-                tag = self._moved_tag(operator, first, *(own and own[k] for own in moved))
-            else:
-                tag = self._tag_of(operator, bound, data, weights, tuple(shape))
-            found.append(tag)
-        return found
+                return None
+            if not data and operator != "embedding":
+                return weights[0]
+            if not moves:
+                return self._tag_of(operator, bound, data, weights, tuple(shape))
+            first = self.of(next(iter(bound.values()))) or data[0]
+            first = first._replace(data=any(tag.data for tag in data))
+            return self._moved_tag(operator, first, *(own and own[k] for own in moved))
+
+        return [tag_of(*result) for result in enumerate(shapes)]
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""
