@@ -78,10 +78,8 @@ class Reader(Hook):
             torch.maximum(site.peak, by_unit(x, way), out=site.peak)
 
     def usual(self) -> bool:
-        """End a pass: tell whether it called the module as the audit's did, or not at all."""
-        usual = not self.strange and (self.loop or self.count in (0, self.calls))
-        self.count, self.strange = 0, False
-        return usual
+        """Tell whether the pass called the module as the audit's did, or not at all."""
+        return not self.strange and (self.loop or self.count in (0, self.calls))
 
 
 class Audit(SiteFinder):
