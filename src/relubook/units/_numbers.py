@@ -206,9 +206,8 @@ class Numbering:
         """Return what ``find`` returns, or did at this step of the last pass if given the same."""
         steps, place = self._steps, self._place
         if place == len(steps) or steps[place][0] != given:
-            if place < len(steps):
-                self.nameless = steps[place - 1][2] if place else 0
-                del steps[place:]
+            del steps[place:]
+            self.nameless = steps[-1][2] if steps else 0
             steps.append((given, find(), self.nameless))
         self._place += 1
         return steps[place][1]

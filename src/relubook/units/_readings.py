@@ -99,8 +99,6 @@ class Audit(SiteFinder):
 
     def run(self, module: nn.Module, batch_size: int, args: Any, kwargs: Any) -> None:
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
-        self.found.clear()
-        self.counts.clear()
         Audit.running = True
         try:
             with self.attached(module):
