@@ -74,6 +74,18 @@ def test_a_pass_that_leaves_the_way_of_the_last_gets_what_a_fresh_one_does(seed)
     assert remembered.notes == fresh.notes
 
 
+def test_a_pass_that_goes_on_where_the_last_one_ended():
+    class Made(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(int(x[0, 0])):
+                torch.manual_seed(0)
+                x = nn.Linear(3, 3)(x).relu()
+            return x
+
+    report = diagnose(Made(), [torch.full((4, 3), calls) for calls in (1.0, 2.0, 3.0)])
+    assert [site.calls for site in report] == [3, 2, 1]
+
+
 def test_what_is_remembered_does_not_grow_with_the_batches():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     counter = diagnosis._Counter(model)

@@ -206,9 +206,8 @@ class Numbering:
         """Return what ``find`` returns, or did at this step of the last pass if given the same."""
         steps, place = self._steps, self._place
         if place == len(steps) or steps[place][0] != given:
-            if place < len(steps):
-                self.nameless = steps[place - 1][2] if place else 0
-                del steps[place:]
+            del steps[place:]
+            self.nameless = steps[-1][2] if steps else 0
             steps.append((given, find(), self.nameless))
         self._place += 1
         return steps[place][1]
@@ -295,20 +294,19 @@ class Numbering:
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
         moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
-        found: list[Tag | None] = []
-        for k, shape in enumerate(shapes):
+
+        def tag_of(k: int, shape: Any) -> Tag | None:
             if shape is None:
-                found.append(None)
-            elif not data and operator != "embedding":
-                found.append(weights[0])
-            elif moves:
-                first = self.of(next(iter(bound.values()))) or data[0]
-                first = first._replace(data=any(tag.data for tag in data))
-                numbers = (own and own[k] for own in moved)
-                found.append(self._moved_tag(operator, first, *numbers))
-            else:
-                found.append(self._tag_of(operator, bound, data, weights, tuple(shape)))
-        return found
+                return None
+            if not data and operator != "embedding":
+                return weights[0]
+            if not moves:
+                return self._tag_of(operator, bound, data, weights, tuple(shape))
+            first = self.of(next(iter(bound.values()))) or data[0]
+            first = first._replace(data=any(tag.data for tag in data))
+            return self._moved_tag(operator, first, *(own and own[k] for own in moved))
+
+        return [tag_of(*result) for result in enumerate(shapes)]
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""
