@@ -48,24 +48,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ``torch.compile``; restores these, each module's training flag, all buffers, and the random
     state of Python, NumPy (if imported), torch, and the accelerators in use.
     """
-    # A frozen scripted module has no flag; a scripted one's buffers can only be written to.
-    training = [(part, part.training) for part in model.modules() if hasattr(part, "training")]
-    buffers: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None]] = []
-    for module in model.modules():
-        scripted = isinstance(module, torch.jit.ScriptModule)
-        held: Any = dict(module.named_buffers(recurse=False)) if scripted else module._buffers
-        for name, buffer in held.items():
-            buffers.append((held, name, buffer, None if buffer is None else buffer.clone()))
-    python_state = random.getstate()
     numpy: Any = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    devices = range(torch.cuda.device_count()) if cuda else ()
-    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    cached = torch.is_autocast_cache_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else ()))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         rnns = [module for module in model.modules() if isinstance(module, nn.RNN)]
@@ -73,24 +59,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             # cuDNN's fused kernel hides the rectifier
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(torch.no_grad())
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            torch.set_autocast_cache_enabled(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            torch.set_autocast_cache_enabled(cached)
-            for module, flag in training:
-                module.training = flag
-            for held, name, buffer, copy in buffers:
-                held[name] = buffer
-                if buffer is not None and copy is not None:
-                    buffer.copy_(copy)
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-            if mps_state is not None:
-                torch.mps.set_rng_state(mps_state)
+        stack.callback(random.setstate, random.getstate())
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if torch.backends.mps.is_available():
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        for module in model.modules():
+            # A frozen scripted module has no flag; a scripted one's buffers can only be written to.
+            if hasattr(module, "training"):
+                stack.callback(setattr, module, "training", module.training)
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            held: Any = dict(module.named_buffers(recurse=False)) if scripted else module._buffers
+            for name, buffer in held.items():
+                if buffer is not None:
+                    stack.callback(buffer.copy_, buffer.clone())
+                stack.callback(held.__setitem__, name, buffer)
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        yield
 
 
 class AmbiguousUnitsError(ValueError):
@@ -226,10 +215,7 @@ class SiteFinder(TorchDispatchMode):
                     module.register_forward_hook(leave, always_call=True),
                 ]
             except (RuntimeError, TypeError):  # part of a scripted module
-                parent = self._modules.get(name.rpartition(".")[0])
-                if not name or not isinstance(parent, type(module)):
-                    what = f"{name or 'the model'} is scripted: its rectifiers carry the name of "
-                    self._note(f"{what}what calls it, not those of its parts")
+                self._note("rectifiers in scripted parts carry the name of what calls these")
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -342,8 +328,7 @@ class SiteFinder(TorchDispatchMode):
         if rectifies and not found:
             self._note(f"NOT SEEN: {name} was called, but its rectifier is in a fused operator")
         if recurrent:
-            output = output[0] if isinstance(output, tuple) else output
-            output = output.data if isinstance(output, PackedSequence) else output
+            output = next(tensors_in(output))
         if not isinstance(output, Tensor) or not output.ndim:
             return
         if recurrent or (isinstance(module, LAYERS) and not found):
@@ -364,8 +349,7 @@ class SiteFinder(TorchDispatchMode):
             name = name if name.endswith("__") else name.removesuffix("_")
             names = [argument.name for argument in schema.arguments]
             implicit = torch._C._dispatch_has_kernel_for_dispatch_key
-            composite = implicit(func.name(), "CompositeImplicitAutograd")
-            self._operators[func] = name, names, composite
+            self._operators[func] = name, names, implicit(func.name(), "CompositeImplicitAutograd")
         operator, names, composite = self._operators[func]
         if composite:  # torch takes it apart before, save in inference mode
             with self:
