@@ -125,15 +125,6 @@ def gone(dims: Any, ndim: int) -> list[int]:
     return [dim % ndim for dim in named if dim is not None] or list(range(ndim))
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two numberings of one shape tell the same elements apart."""
-    if one is other:
-        return True
-    one, other = core(one), core(other)
-    ranks = (numbers.unique(return_inverse=True)[1] for numbers in (one, other))
-    return one.shape == other.shape and torch.equal(*ranks)
-
-
 class Layer(NamedTuple):
     """A call of a layer with weights."""
 
@@ -173,7 +164,8 @@ def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
         return Tag(None, inputs, data, "the dimension of its units changed size")
     fits = [pair for pair in fits if along(pair[1])] or fits  # many units before a single one
     latest, units = max(fits, key=lambda pair: pair[0].layer.age)
-    if not all(alike(units, own) for _, own in fits):
+    ranks = [core(own).unique(return_inverse=True)[1] for _, own in fits]
+    if not all(torch.equal(ranks[0], rank) for rank in ranks):  # they tell other elements apart
         return Tag(None, inputs, data, "tensors with units in different dimensions met")
     return Tag(units, inputs, data, "", latest.layer)
 
