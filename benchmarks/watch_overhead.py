@@ -1,13 +1,17 @@
 """Cost of a training step with `Watch`, and of `diagnose`, over the same without.
 
-Every figure is a median of ratios of processor times: the two variants run alternately, a few
+Every ratio is a median of ratios of processor times: the two variants run alternately, a few
 steps each, in one process and with one thread, so that other load on the machine falls on both.
-A loaded machine still disturbs caches and clock, so it is named.
+A loaded machine still disturbs caches and clock, so it is named. The first call of `diagnose`, in a
+process that has only imported torch, is given in seconds of processor time; and the growth of the
+process over a million tokens, from the first tenth on, in MiB.
 """
 
 import itertools
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,13 +64,47 @@ def convnet() -> nn.Module:
     )
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
-    # name: builder, shape of a batch, steps per turn, bar
-    "MLP of width 64": (lambda: mlp(64), (128, 64), 20, 1.15),
-    "MLP of width 512": (lambda: mlp(512), (128, 64), 6, 1.05),
-    "small convolutional network": (convnet, (32, 3, 32, 32), 3, 1.05),
-    "ResNet-18 shape": (resnet18, (8, 3, 32, 32), 1, 1.05),
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float, float | None]] = {
+    # name: builder, shape of a batch, steps per turn, bars of Watch and of diagnose
+    "MLP of width 64": (lambda: mlp(64), (128, 64), 20, 1.10, None),
+    "MLP of width 512": (lambda: mlp(512), (128, 64), 6, 1.02, 2.0),
+    "small convolutional network": (convnet, (32, 3, 32, 32), 3, 1.02, 2.0),
+    "ResNet-18 shape": (resnet18, (8, 3, 32, 32), 1, 1.02, 2.0),
 }
+
+FIRST = """
+import time, torch
+from torch import nn
+model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()), torch.randn(32, 3, 32, 32)
+model(x)
+start = time.process_time()
+import relubook
+relubook.diagnose(model, x)
+print(time.process_time() - start)
+"""
+
+STREAM = """
+import resource, torch
+from relubook import diagnose
+from torch import nn
+model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+size = resource.getpagesize() / 2**20
+grown = 0.0
+def tokens():  # sequences of different lengths, as texts are
+    global grown
+    seen = 0
+    while seen < 1_000_000:
+        length = 64 + seen % 97
+        yield torch.randn(32, length, 64)
+        before, seen = seen, seen + 32 * length
+        held = int(open("/proc/self/statm").read().split()[1]) * size
+        grown = held if before < 100_000 else max(grown, held)
+        if before < 100_000:
+            start = held
+    grown -= start
+diagnose(model, tokens())
+print(grown)
+"""
 
 
 def ratio(plain: Callable[[], None], other: Callable[[], None], seconds: float) -> float:
@@ -87,7 +125,7 @@ def ratio(plain: Callable[[], None], other: Callable[[], None], seconds: float) 
 
 def training(name: str, seconds: float) -> tuple[float, float]:
     """Return the ratio of a training step, and the bytes per unit that `Watch` holds."""
-    build, shape, steps, _ = MODELS[name]
+    build, shape, steps, *_ = MODELS[name]
     x, y = torch.randn(shape), torch.randint(10, shape[:1])
 
     def trainer(model: nn.Module) -> Callable[[], None]:
@@ -112,7 +150,7 @@ def training(name: str, seconds: float) -> tuple[float, float]:
 
 
 def diagnosis(name: str, seconds: float) -> float:
-    build, shape, steps, _ = MODELS[name]
+    build, shape, steps, *_ = MODELS[name]
     model = build().eval()
     batches = [torch.randn(shape) for _ in range(3 * steps)]
 
@@ -122,6 +160,13 @@ def diagnosis(name: str, seconds: float) -> float:
             model(batch)
 
     return ratio(plain, lambda: void(diagnose(model, batches)), seconds)
+
+
+def printed(code: str) -> float:
+    """Return the number that a program prints in a process of its own, with one thread."""
+    alone = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # gives memory back
+    command, environment = [sys.executable, "-c", code], {**os.environ, **alone}
+    return float(subprocess.check_output(command, env=environment, text=True))
 
 
 def void(value: object) -> None:
@@ -149,11 +194,15 @@ def benchmarks(seconds: float = 6.0) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, (_, _, _, bar) in MODELS.items():
+        for name, (_, _, _, bar, bar_of_diagnose) in MODELS.items():
             value, size = training(name, seconds)
             add(f"training step with Watch, {name}", value, bar)
             add(f"bytes per unit and site of Watch, {name}", size, 16.0)
-            add(f"diagnose over a forward pass, {name}", diagnosis(name, seconds / 3))
+            value = diagnosis(name, seconds / 3)
+            add(f"diagnose over a forward pass, {name}", value, bar_of_diagnose)
+        add("first call of diagnose, seconds", statistics.median(map(printed, [FIRST] * 3)), 0.5)
+        if sys.platform == "linux":
+            add("growth of diagnose over a million tokens, MiB", printed(STREAM), 8.0)
     finally:
         torch.set_num_threads(threads)
     return results

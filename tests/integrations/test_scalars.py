@@ -72,7 +72,10 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 @pytest.mark.slow
 def test_wandb_keeps_what_was_logged(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    private = {f"WANDB_{name}_DIR": str(tmp_path) for name in ("CACHE", "CONFIG", "DATA")}
+    private |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    for name, value in private.items():
+        monkeypatch.setenv(name, value)
     quiet = wandb.Settings(silent=True, console="off", disable_git=True)
     kept = []
     with wandb.init(dir=tmp_path, settings=quiet) as run:

@@ -477,6 +477,8 @@ class Reads(nn.Module):
     def forward(self, x):
         h = self.fc(x)
         y = self.next(F.relu(h))
+        if self.which == "rectifier":
+            return y + self.next(F.relu6(h))
         return y + h if self.which == "output" else y + F.linear(x, self.fc.weight)
 
 
@@ -631,7 +633,8 @@ LEFT = {
     "next Conv1D": (lambda: chain(nn.ReLU(), Conv1D(4, 4)), "fc", "reach 'm1' .Conv1D."),
     "scale": (
         lambda: chain(Scale(4), nn.ReLU(), nn.Linear(4, 4)), "fc", "^'m0' .Scale. lies between"),
-    "layer twice": (lambda: Twice("layer"), "fc", "2 rectifier sites"),
+    "layer twice": (lambda: Twice("layer"), "fc", "'fc' is called 2 times"),
+    "two rectifiers": (lambda: Reads("rectifier"), "fc", "feeds 2 sites that can be"),
     "next twice": (lambda: Twice("next"), "fc", "'next' is called 2 times"),
     "output read": (lambda: Reads("output"), "fc", "goes to 2 places"),
     "weight read": (lambda: Reads("weight"), "fc", "also used outside"),
@@ -696,6 +699,21 @@ def test_a_constant_that_is_uneven_at_the_border_is_left(behind):
     before = state_of(model)
     revival = revive_(model, diagnose(model, [x]))
     assert "nor the same constant everywhere" in revival.left[0].reason
+    assert same(before, state_of(model))
+
+
+def test_units_of_an_activation_of_ones_own_are_left():
+    class Jump(nn.Module):
+        def forward(self, x):
+            return x * (x > 0.1)
+
+    model, x = chain(Jump(), nn.Linear(4, 4)), randn(64, 4)
+    kill(model.fc, [0, 1])
+    report = diagnose(model, [x], activations={Jump: "silent where 0"})
+    before = state_of(model)
+    revival = revive_(model, report, x)
+    assert [entry.units for entry in revival.left] == [2]
+    assert "'fc' feeds 0 sites that can be followed" in revival.left[0].reason
     assert same(before, state_of(model))
 
 
@@ -1226,8 +1244,10 @@ def test_a_compiled_wrapper_is_looked_through():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["mlp", "groups", "transposed", "joined branches", "norm before",
-                                  "norm after", "frozen norm before", "frozen norm after"])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "mlp", "groups", "transposed", "joined branches", "norm before", "norm after",
+    "frozen norm before", "frozen norm after", "Conv1D of GPT-2",
+])  # fmt: skip
 def test_on_a_gpu(name):
     build, dying, shape, _ = KEPT[name]
     model, x = settle(build()).double().cuda(), randn(*shape).double().cuda()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relubook.units._readings import channel_peak
+from relubook.units._site import by_unit
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 from relubook.units.watch import Event, Watch
 
@@ -563,25 +563,25 @@ def test_compiled_models(backend, order):
     dim=st.integers(-5, -1),
     last=st.booleans(),
 )
-def test_channel_peak_is_amax(shape, dim, last):
+def test_by_unit_is_amax(shape, dim, last):
     if -dim > len(shape):
         dim = -len(shape)
     x = torch.randn(shape)
     if last and len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     rest = [d for d in range(len(shape)) if d != dim + len(shape)]
-    assert torch.equal(channel_peak(x, dim), x.amax(rest) if rest else x)
+    assert torch.equal(by_unit(x, dim), x.amax(rest) if rest else x)
     x[(0,) * x.ndim] = torch.nan
-    assert int(channel_peak(x, dim).isnan().sum()) == 1
+    assert int(by_unit(x, dim).isnan().sum()) == 1
 
 
 @pytest.mark.parametrize("shape", [(32, 16, 28, 28), (4, 100, 3, 3), (4, 8, 9), (2, 3, 4, 5, 6)])
-def test_channel_peak_of_convolutions(shape):
+def test_by_unit_of_convolutions(shape):
     x = torch.randn(shape)
     rest = [d for d in range(len(shape)) if d != 1]
     for y in (x, x.transpose(1, -1).contiguous().transpose(1, -1), x.transpose(0, 1)):
         kept = [d for d in range(len(shape)) if d != 1]
-        assert torch.equal(channel_peak(y, 1 - len(shape)), y.amax(kept))
+        assert torch.equal(by_unit(y, 1 - len(shape)), y.amax(kept))
     assert rest
 
 

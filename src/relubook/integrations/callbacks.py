@@ -13,15 +13,13 @@ __all__ = ["hugging_face_callback", "lightning_callback"]
 
 
 def hugging_face_callback(*, writer: Any = None, **options: Any) -> Any:
-    """Return a callback for transformers' ``Trainer``; its ``watch`` is a ``Watch`` of the model.
+    """Return a callback for transformers' ``Trainer``; its ``watch`` counts optimizer steps.
 
     Dead share, deaths and revivals of the last window join what is logged with the loss: printed,
     and in ``trainer.state.log_history``. A ``writer`` (a ``SummaryWriter``, or a run of W&B) gets
-    those of all sites after each window, from the first of several processes.
-
-    ``options`` are those of ``Watch``, but it counts the steps of the trainer's optimizer; wrong
-    ones raise TypeError or ValueError at once. ImportError without transformers. If training
-    fails, ``callback.watch.close()`` removes the hooks.
+    those of all sites after each window, from the first of several processes. ``options`` are those
+    of ``Watch``; wrong ones raise TypeError or ValueError. ImportError without transformers. If
+    training fails, ``callback.watch.close()`` removes the hooks.
     """
     if writer is not None:
         check(writer)
@@ -30,15 +28,14 @@ def hugging_face_callback(*, writer: Any = None, **options: Any) -> Any:
 
 
 def lightning_callback(module: str = "", **options: Any) -> Any:
-    """Return a callback for Lightning's ``Trainer``; its ``watch`` is a ``Watch`` of a module.
+    """Return a callback for Lightning's ``Trainer``; its ``watch`` counts optimizer steps.
 
     After each window all loggers of the trainer get :func:`relubook.integrations.scalars.scalars`,
     from the first of several processes. ``module`` names the part that ``training_step`` calls,
     such as ``"net"``. The default is the ``LightningModule`` itself, for ``self(x)`` on one device;
-    under a strategy that wraps it, ValueError when training starts.
-
-    ``options`` are those of ``Watch``, but it counts the optimizer's steps if there is one only;
-    wrong ones raise TypeError or ValueError at once. ImportError without Lightning.
+    under a strategy that wraps it, ValueError when training starts. With several optimizers, passes
+    are counted. ``options`` are those of ``Watch``; wrong ones raise TypeError or ValueError at
+    once. ImportError without Lightning.
     """
     homes = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
     base = _library((*homes, "pytorch_lightning")[0], "lightning").Callback
@@ -83,13 +80,15 @@ class _HuggingFace(_Callback):
             log_scalars(report, self.other, step=state.global_step)
 
     def on_log(self, args: Any, state: Any, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if self.report is not None and "loss" in logs:
+        if self.report and "loss" in logs:
             numbers = {k: v for k, v in scalars(self.report).items() if k.count("/") == 1}
-            for logged in (logs, state.log_history[-1]):
-                logged.update(numbers)
+            logs |= numbers
+            state.log_history[-1] |= numbers
 
 
 class _Lightning(_Callback):
+    on_exception = _Callback.on_train_end
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         model = pl_module.get_submodule(self.other)
         if model is pl_module is not trainer.strategy.model:  # which takes its forward
@@ -101,5 +100,3 @@ class _Lightning(_Callback):
         if report := self.news():
             for logger in trainer.loggers:
                 logger.log_metrics(scalars(report), trainer.global_step)
-
-    on_exception = _Callback.on_train_end

@@ -6,14 +6,13 @@ anew. They are expanded from a few numbers (with stride 0), and so cost next to 
 """
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 RAW = "no layer came before it"
 """Why the units of the network's own input are unknown."""
@@ -29,9 +28,9 @@ VIEWS = words(
     "permute transpose t expand slice select split split_with_sizes unsafe_split unbind "
     "unsafe_split_with_sizes diagonal unfold"
 )
-PICKS = words(
-    "index index_select gather flip roll pixel_shuffle pixel_unshuffle channel_shuffle "
-    "native_channel_shuffle _pack_padded_sequence cat stack"
+CHOICES = words("index index_select gather _pack_padded_sequence")
+PICKS = CHOICES | words(
+    "flip roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle cat stack"
 )
 FACTORS = {
     "mm": ("self", "mat2"),
@@ -71,9 +70,12 @@ def unit_dim(module: Any, output: Tensor) -> int:
 
 def core(numbers: Tensor) -> Tensor:
     """Return the numbers with size 1 along each dimension along which they do not vary."""
-    for dim in sorted(range(numbers.ndim), key=numbers.stride):  # cheap ones first
-        first = numbers.narrow(dim, 0, 1) if numbers.shape[dim] > 1 else numbers
-        if numbers.stride(dim) == 0 or bool((numbers == first).all()):
+    shape, strides = numbers.shape, numbers.stride()
+    sizes = [min(size, 1) if step == 0 else size for size, step in zip(shape, strides, strict=True)]
+    numbers = numbers.as_strided(sizes, strides)
+    for dim in [dim for dim, size in enumerate(sizes) if size > 1]:
+        first = numbers.narrow(dim, 0, 1)
+        if bool((numbers == first).all()):
             numbers = first
     return numbers
 
@@ -91,10 +93,9 @@ def fitted(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     if numbers is None or numbers.shape == tuple(shape):
         return numbers
     small = core(numbers)
-    try:
-        return small.expand(tuple(shape))
-    except RuntimeError:
-        return None
+    pairs = zip(reversed(small.shape), reversed(shape), strict=False)
+    fits = small.ndim <= len(shape) and all(old in (1, new) for old, new in pairs)
+    return small.expand(tuple(shape)) if fits else None  # an error in torch would take long
 
 
 def reshaped(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
@@ -133,6 +134,25 @@ def alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(*ranks)
 
 
+class ByTensor:
+    """Keeps a value for each living tensor: torch's ``WeakTensorKeyDictionary``, four times faster.
+
+    It never asks the weak references for their tensors, which takes most of the time there.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self.clear = self._values.clear
+
+    def get(self, tensor: Tensor) -> Any:
+        held = self._values.get(id(tensor))
+        return held and held[1]
+
+    def __setitem__(self, tensor: Tensor, value: Any) -> None:
+        values, key = self._values, id(tensor)
+        values[key] = weakref.ref(tensor, lambda _: values.pop(key, None)), value
+
+
 class Layer(NamedTuple):
     """A call of a layer with weights."""
 
@@ -152,6 +172,9 @@ class Tag(NamedTuple):
     layer: Layer = Layer(None)  # what numbered its units
     near: bool = False  # whether nothing but shape operations, pooling or dropout came since
     weight: bool = False  # whether it was computed from parameters only, those of ``layer``
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
@@ -175,13 +198,19 @@ def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
 
 
 class Numbering:
-    """The tags of the tensors of a forward pass through a model's modules, given by name."""
+    """The tags of the tensors of a forward pass through a model's modules, given by name.
+
+    They are found once: as long as a pass does what the one before did, it gets the same tags.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self.running = ""
-        self.tags = WeakTensorKeyDictionary()
-        self.nameless = self.age = 0
+        self.tags = ByTensor()
+        self.nameless = self.age = self._place = 0
+        # What the last pass found, step by step: from what, what, and ``nameless`` then.
+        self._steps: list[tuple[tuple[Any, ...], Any, int]] = []
+        self._weights: dict[tuple[int, str], Tag] = {}
         self.owners: dict[int, tuple[nn.Parameter, list[tuple[str, str]]]] = {}
         for name, module in modules.items():
             for own, parameter in module.named_parameters(recurse=False):
@@ -190,7 +219,18 @@ class Numbering:
     def clear(self) -> None:
         """Forget the pass."""
         self.tags.clear()
-        self.nameless = 0
+        self.nameless = self._place = 0
+
+    def step(self, given: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+        """Return what ``find`` returns, or did at this step of the last pass if given the same."""
+        steps, place = self._steps, self._place
+        if place == len(steps) or steps[place][0] != given:
+            if place < len(steps):
+                self.nameless = steps[place - 1][2] if place else 0
+                del steps[place:]
+            steps.append((given, find(), self.nameless))
+        self._place += 1
+        return steps[place][1]
 
     def of(self, tensor: Any) -> Tag | None:
         """Return the tag of a tensor; ``None`` for one made from constants and for no tensor."""
@@ -198,7 +238,13 @@ class Numbering:
             return None
         if id(tensor) not in self.owners:
             return self.tags.get(tensor)
-        owners = self.owners[id(tensor)][1]
+        key = id(tensor), self.running
+        if key not in self._weights:
+            self._weights[key] = self._weight(self.owners[id(tensor)][1])
+        return self._weights[key]
+
+    def _weight(self, owners: list[tuple[str, str]]) -> Tag:
+        """Return the tag of a parameter that is used in the running module."""
         inside = [pair for pair in owners if f"{pair[0]}.".startswith(f"{self.running}.")]
         name, own = inside[0] if inside else owners[0]
         name = self.running if inside and self.running else name
@@ -215,40 +261,84 @@ class Numbering:
         layer = Layer(layer.name, source, dim, self.age)
         return Tag(units, tag.inputs, tag.data, "", layer, near=True)
 
+    def enter_input(self, tensor: Tensor, dim: int | None, data: bool) -> None:
+        """Tag a tensor that no operator made; its inputs lie along a dimension, if known."""
+        shape = tensor.shape
+        self.tags[tensor] = self.step(
+            (shape, dim, data),
+            lambda: Tag(None, None if dim is None else numbered(shape, dim), data),
+        )
+
     def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
         """Make sure of the tag of a known layer's output, whatever operators it used."""
-        tag = self.tags.get(output) or Tag()
+        tag = self.tags.get(output)
+        found = self.step(
+            (name, tag, output.shape), lambda: self._layer(name, module, output, tag or Tag())
+        )
+        if found is not None:
+            self.tags[output] = found
+
+    def _layer(self, name: str, module: nn.Module, output: Tensor, tag: Tag) -> Tag | None:
         units, dim = tag.units, tag.layer.dim
         if units is None:
             dim = unit_dim(module, output)
             if isinstance(module, nn.Linear) and output.shape[-1] != module.out_features:
-                return
+                return None
             units = numbered(output.shape, dim)
-        self.tags[output] = self.renewed(tag, units, dim, Layer(name, (name,)))
+        return self.renewed(tag, units, dim, Layer(name, (name,)))
 
     def propagate(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
         """Tag the results ``out`` of an operator, given its arguments by name."""
-        given = [v if isinstance(v, list | tuple) else (v,) for v in bound.values()]
-        tags = [tag for item in chain(*given) if (tag := self.of(item)) is not None]
+        tags: list[Tag] = []
+        values = [self._told(value, tags) for value in bound.values()]
         if not tags:
             return
-        results = list(out) if isinstance(out, list | tuple) else [out]
+        results = out if isinstance(out, list | tuple) else (out,)
+        free = [isinstance(x, Tensor) and id(x) not in self.owners for x in results]
+        shapes = [x.shape if is_free else None for x, is_free in zip(results, free, strict=True)]
+        if operator in CHOICES and not all(tag.weight for tag in tags):
+            values.append(object())  # differs from all else
+        found = self.step(
+            (func, *bound, *values, *shapes),
+            lambda: self._found(operator, func, bound, shapes, tags),
+        )
+        for tag, result in zip(found, results, strict=True):
+            if tag is not None:
+                self.tags[result] = tag
+
+    def _told(self, value: Any, tags: list[Tag]) -> Any:
+        """Return of an argument what decides on tags, and append its own to ``tags``."""
+        if isinstance(value, Tensor):
+            tag = self.of(value)
+            tags += [] if tag is None else [tag]
+            return tag, value.shape, value.layout == torch.strided and value.stride()
+        if isinstance(value, list | tuple):
+            return tuple([self._told(item, tags) for item in value])
+        return value
+
+    def _found(
+        self, operator: str, func: Any, bound: Any, shapes: Sequence[Any], tags: Sequence[Tag]
+    ) -> list[Tag | None]:
+        """Return the tags of an operator's results that have a shape."""
         data = [tag for tag in tags if not tag.weight]
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
         moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
-        for k, result in enumerate(results):
-            if not isinstance(result, Tensor) or id(result) in self.owners:
-                continue
-            if not data and operator != "embedding":
+        found: list[Tag | None] = []
+        for k, shape in enumerate(shapes):
+            tag = None
+            if shape is None:
+                pass
+            elif not data and operator != "embedding":
                 tag = weights[0]
             elif moves:
                 first = self.of(next(iter(bound.values()))) or data[0]
                 first = first._replace(data=any(tag.data for tag in data))
                 tag = self._moved_tag(operator, first, *(own and own[k] for own in moved))
             else:
-                tag = self._tag_of(operator, bound, data, weights, tuple(result.shape))
-            self.tags[result] = tag
+                tag = self._tag_of(operator, bound, data, weights, tuple(shape))
+            found.append(tag)
+        return found
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from relubook.units.sites import Site, SiteFinder
+from relubook.units._site import Site, by_unit
+from relubook.units.sites import SiteFinder
 
 Place = tuple[str, bool]
 """The input of a module, by its name, or (if true) its output."""
@@ -31,29 +32,6 @@ class Followed:
     ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False  # whether a call was fed from where no hook sees it
     fires: Callable[[Tensor, Tensor], Tensor] | None = None  # if its output is read, not its input
-
-
-def channel_peak(x: Tensor, dim: int) -> Tensor:
-    """Return the largest value at each index of a dimension: shape ``(x.shape[dim],)``.
-
-    It is counted from the end, and so negative. NaN spreads.
-    """
-    if x.ndim == 1:
-        return x
-    if x.ndim == 2 and dim == -1:
-        return x.amax(0)
-    if dim == 1 - x.ndim and x.ndim > 2 and x.is_contiguous():
-        # Reduce first along what is long enough to be fast.
-        if x[0, 0].numel() >= 64:
-            return x.flatten(2).amax(-1).amax(0)
-        return x.amax(0).flatten(1).amax(1)
-    x = x.movedim(dim, -1)
-    units = x.shape[-1]
-    group = 64 // units
-    if group > 1 and x.is_contiguous() and x.numel() % (group * units) == 0:
-        # A reduction over narrow rows is slow.
-        x = x.view(-1, group * units).amax(0).view(group, units)
-    return x.amax(list(range(x.ndim - 1)))
 
 
 class Hook:
@@ -90,14 +68,14 @@ class Reader(Hook):
         way = self.ways.get(1 if self.loop else self.count)
         if way is None:
             return
-        x, peak = output[0] if output else args[0] if args else None, self.site.peak
+        x, site = output[0] if output else args[0] if args else None, self.site
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
             self.strange = True
         elif x.numel():
             x = x.detach()
-            if self.site.fires is not None:
-                x = x.abs() * self.site.fires(x, x)
-            torch.maximum(peak, channel_peak(x, way), out=peak)
+            if site.fires is not None:
+                x = x.abs() * site.fires(x, x)
+            torch.maximum(site.peak, by_unit(x, way), out=site.peak)
 
     def usual(self) -> bool:
         """End a pass: tell whether it called the module as the audit's did, or not at all."""

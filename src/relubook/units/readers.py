@@ -332,9 +332,9 @@ class Tracer(SiteFinder):
             if name is None:
                 what = self.made_by[before[0]]
                 raise Unpaired(f"{what} lies between {before[0]!r} and the layers")
-        if (uses := len(self.ways[name].sites)) > 1:
-            raise Unpaired(f"{name!r} feeds {uses} rectifier sites, and only one could be repaired")
         layer, units = self._check(name, REPAIRED), chosen.nonzero().flatten()
+        if (uses := len(self.ways[name].sites)) != 1:
+            raise Unpaired(f"{name!r} feeds {uses} sites that can be followed, not 1")
         outputs, dim = len(turned(layer, layer.weight)), unit_dim(layer, chosen)
         if outputs != len(chosen) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(chosen)} units lie along dimension {site.unit_dim}"

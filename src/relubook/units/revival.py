@@ -141,16 +141,16 @@ def revive_(
         report: What :func:`relubook.units.diagnosis.diagnose` returned for this model.
         batch: A batch of the data that the report rests on: a tensor, a tuple whose first element
             is the input, or a dict of keyword arguments; by default the report's ``example``.
-        optimizer: The optimizer, or all of several, whose moments would push the fresh weights.
+        optimizer: The optimizer, or a list of all, whose moments would push the fresh weights on.
         tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
             most this (0.025 in the paper). They are not silent, so that the function moves a bit.
         generator: Source of the weights; default: a new one, of the global state, which stays.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
     Raises TypeError if ``model``, ``report`` or ``optimizer`` is something else, or scripted;
-    ValueError if there is no batch, the report belongs to another model or has no scores for
-    ``tau``, which is none itself, the optimizer does not hold a parameter that is to be changed or
-    is L-BFGS, or what the next layer gets on the batch is not finite. Then nothing is changed.
+    ValueError if there is no batch; if the report belongs to another model, or ``tau`` is no score,
+    or has none there; if the optimizer is L-BFGS, or lacks a changed parameter; or if a layer gets
+    what is not finite. Model and optimizer then are as before.
     """
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):

@@ -13,16 +13,16 @@ __all__ = ["off_center"]
 OFF_CENTER = 0.2  # from here on a report says so: on digits hardly a unit dies of less
 MANY = 0.1  # dead units, as a share: at Adam's best rate as many die, and cost nothing
 ADVICE = {  # by the claim of the ledger that it rests on: its chapter, and what that found
-    "spine-centering": "How units die: the first batch is {:.2f} off center. Centered, layer 1 lives"
-    " at rates that else kill most of it, but not where inputs are small beside the 1 of the bias",
+    "spine-centering": "How units die: batch 0 is {:.2f} off center. Centered, layer 1 lives at"
+    " rates that else kill most of it, but not where inputs are small beside the 1 of the bias",
     "spine-centered-born-alive": "Dead before the first step: silent since watching began: {:,}."
     " Center every layer and set biases to 0: centering the images alone is not enough",
     "tool-rare-are-next": "Diagnose your model: rare units, here {:,}, are twice as likely to die"
     " as others, or more, but not at a rate too high, where anybody may die",
     "spine-no-cost-at-best": "The learning rate and the optimizer: at the best rate dead units cost"
     " nothing",
-    "tool-revive-recovers": "Diagnose your model: after a bad start, to revive_ once and go on at a good"
-    " rate gains more than that rate alone, but to begin anew is better still",
+    "tool-revive-recovers": "Diagnose your model: after a bad start, to revive_ once and go on at"
+    " a good rate gains more than that rate alone, but to begin anew is better still",
     "spine-bound-decides": "Normalization: a high rate needs a bound, as by batch normalization or"
     " clipping, but in networks of eight layers clipping is not enough",
 }

@@ -6,7 +6,6 @@ checkpointed part.
 """
 
 import fnmatch
-import math
 import os
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_stack
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from relubook.layers.maxout import maxout
 from relubook.units._kinds import PIECE, Activations, Kind, classify, is_zero, own_kinds
-from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, along, core, numbered
+from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, numbered
+from relubook.units._site import Site, placed
 from relubook.units._undisturbed import undisturbed, unwrapped
 
 __all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "undisturbed", "unwrapped"]
@@ -36,77 +36,15 @@ class AmbiguousUnitsError(ValueError):
     """Nothing tells which dimension of a rectifier's input holds its units."""
 
 
-class Site(NamedTuple):
-    """One call of a rectifier, or of maxout, as :meth:`SiteFinder.observe` gets it."""
-
-    key: tuple[Any, ...]  # its name without ``#k``, the way to the call, the layer that feeds it
-    kind: Kind
-    units: int  # how many there are
-    dims: tuple[int, ...]  # those of its input along which units lie
-    # None if each place along them is a unit; else what sorts these places by unit, equally many
-    # for each.
-    order: Tensor | None
-    inputs: Tensor | None  # the number of the input of each element, if known
-    data: bool  # whether what reaches it depends on the model's inputs
-    producer: str | None  # as in a :class:`~relubook.units.report.SiteReport`
-    location: str | None
-
-    def per_unit(self, x: Tensor, reduction: str) -> Tensor:
-        """Reduce a tensor of its input's shape to shape (units,): ``"amax"``, ``"sum"``, ..."""
-        reduce = getattr(torch, reduction)
-        rest = [dim for dim in range(x.ndim) if dim not in self.dims]
-        x = (reduce(x, rest) if rest else x).reshape(-1)
-        if self.order is not None:
-            x = reduce(x[self.order.to(x.device)].view(self.units, -1), 1)
-        return x
-
-    def per_input(self, fires: Tensor, size: int) -> Tensor:
-        """Count over positions, for inputs numbered below ``size``: shape (size, units)."""
-        assert self.inputs is not None
-        ids = core(self.inputs)
-        dims = along(ids)
-        rest = [dim for dim in range(fires.ndim) if dim not in (*self.dims, *dims)]
-        counts = fires.sum(rest, keepdim=True) if rest else fires
-        whole = torch.equal(ids.flatten(), torch.arange(size, device="cpu"))
-        if whole and self.order is None and set(dims).isdisjoint(self.dims):
-            return counts.permute(*dims, *self.dims, *rest).reshape(size, self.units)
-        places = [length if dim in self.dims else 1 for dim, length in enumerate(fires.shape)]
-        unit = torch.arange(math.prod(places), device="cpu")
-        if self.order is not None:
-            unit[self.order] = unit // (unit.numel() // self.units)
-        key = (ids * self.units + unit.view(places)).flatten().to(fires.device)
-        table = torch.zeros(size * self.units, dtype=torch.int64, device=fires.device)
-        return table.index_add_(0, key, counts.flatten().long()).view(size, self.units)
-
-
-def placed(units: Tensor, hint: int) -> tuple[int, tuple[int, ...], Tensor | None]:
-    """Return a site's ``units, dims, order`` for the numbers of the units of its input.
-
-    Where the numbers cannot tell, ``hint`` is the dimension of the only unit, from the end.
-    """
-    small = core(units)
-    dims = tuple(along(small))
-    if not dims:
-        if not units.ndim:
-            return 1, (), None
-        single = [dim for dim in range(-units.ndim, 0) if units.shape[dim] == 1]
-        dim = (hint if hint in single or not single else single[-1]) % units.ndim
-        return 1, (dim,), None if single else torch.arange(units.shape[dim], device="cpu")
-    ids = small.flatten()
-    if not torch.equal(ids, torch.arange(ids.numel(), device="cpu")):
-        labels, counts = ids.unique(return_counts=True)
-        if len(labels) < ids.numel() and bool((counts == counts[0]).all()):
-            return len(labels), dims, ids.argsort(stable=True)
-    return ids.numel(), dims, None
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists, mappings and plain objects that hold some."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping | list | tuple | set):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, list | tuple | set):
+        for item in value:
             yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
     elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         for item in vars(value).values():
             if isinstance(item, Tensor | list | tuple | Mapping):
@@ -272,8 +210,7 @@ class SiteFinder(TorchDispatchMode):
             if self._numbers.of(tensor) is None:
                 inside = data and -tensor.ndim <= dim < tensor.ndim
                 batched = inside and tensor.shape[dim] == self.batch_size
-                rows = numbered(tensor.shape, dim) if batched else None
-                self._numbers.tags[tensor] = Tag(None, rows, data)
+                self._numbers.enter_input(tensor, dim if batched else None, data)
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:
@@ -322,7 +259,8 @@ class SiteFinder(TorchDispatchMode):
                 self.before(site, x)
                 self.observe(site, x, out)
             if whole:
-                self._numbers.tags[out] = given._replace(near=False)
+                further = self._numbers.step((given,), lambda: given._replace(near=False))
+                self._numbers.tags[out] = further
 
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] != name:
@@ -418,7 +356,13 @@ class SiteFinder(TorchDispatchMode):
         if key not in self._ranks:
             self._bases[base] += 1
             self._ranks[key] = self._bases[base]
-        units, inputs = tag.units, tag.inputs
+        given = key, kind, tag, x.shape, self.batch_size
+        return self._numbers.step(given, lambda: self._placed(key, kind, tag, x, location))
+
+    def _placed(
+        self, key: tuple[Any, ...], kind: Kind, tag: Tag, x: Tensor, location: str | None
+    ) -> Site | None:
+        base, units, inputs = key[0], tag.units, tag.inputs
         raw = tag.reason == RAW and x.ndim == 2 and x.shape[self.batch_dim] == self.batch_size
         pattern, dim = self._override(base, f"{base}#{self._ranks[key]}")
         if kind.dim is not None and (pattern is None or dim is not None):
@@ -447,7 +391,7 @@ class SiteFinder(TorchDispatchMode):
             return None
         producer = tag.layer.name if tag.near else None
         location = location if self._boundary is not None else None
-        return Site(key, kind, *placing, inputs, tag.data, producer, location)
+        return Site(key, kind, *placing, inputs, self.batch_size, tag.data, producer, location)
 
     def _base(self, running: str, shown: str) -> str:
         """Return the name of the running module, with the operator's unless that is its purpose."""

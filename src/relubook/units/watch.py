@@ -270,7 +270,10 @@ class Watch:
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
         self._seen = True
-        self._leave_out(strange, "called more or less often than in the audit, or in other ways")
+        if strange:
+            self._leave_out(
+                strange, "called more or less often than in the audit, or in other ways"
+            )
         if self.optimizer is None:
             self._count_step()
 
@@ -280,7 +283,9 @@ class Watch:
             self._close_window()
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        first, dim = next(tensors_in((args, kwargs)), None), self._options["batch_dim"]
+        first, dim = args[0] if args else None, self._options["batch_dim"]
+        if not isinstance(first, Tensor):
+            first = next(tensors_in((args, kwargs)), None)
         return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
