@@ -20,11 +20,11 @@ class Reviver:
 
     With ``what="dormant"`` it is ReDo (Sokar et al. 2023, https://arxiv.org/abs/2302.12902): units
     whose mean absolute output is at most ``tau`` times their layer's mean get fresh incoming
-    weights, outgoing weights of 0 and a fresh optimizer state. :func:`revive_` says how, and what
+    weights, outgoing weights of 0 and a fresh optimizer state. ``revive_`` says how, and what
     it leaves. Under ``torch.distributed`` all processes must step, and take over the first's state.
 
     Args:
-        model, optimizer, generator: As in :func:`revive_`.
+        model, optimizer, generator: As in ``revive_``.
         every: Steps from one revival to the next.
         what: ``"dead"``, which leaves the function on the batch as it is, or ``"dormant"``.
         tau: Largest score of a dormant unit.
@@ -68,7 +68,7 @@ class Reviver:
     def step(self, batch: Any) -> Revival | None:
         """Count a step of the optimizer, just made; when due, revive and return what was done.
 
-        ``batch`` is as in :func:`revive_`. The verdict rests on it alone, in evaluation mode: a
+        ``batch`` is as in ``revive_``. The verdict rests on it alone, in evaluation mode: a
         unit that fires on other data only loses what it did there, so let it be a large one.
         """
         self.steps += 1
