@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``'s and the data-parallel wrappers."""
+    """Return the module inside ``torch.compile``'s and data-parallel wrappers; else TypeError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
     while True:
         inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
