@@ -22,12 +22,9 @@ _started: float | None = None
 def setup() -> int:
     """Prepare a notebook: figures in the house style, seeds fixed, torch on one thread.
 
-    Python's, NumPy's and torch's global generators get the seed; with one thread, sums come out
-    the same on every run.
-
-    Returns:
-        The seed, from which a notebook draws all its networks and batches: 0 unless the
-        environment variable ``RELUBOOK_SEED`` moves the whole book to another.
+    Python's, NumPy's and torch's global generators get the seed; one thread makes sums repeatable.
+    Returns the seed, from which a notebook draws all its networks and batches: 0 unless the
+    environment variable ``RELUBOOK_SEED`` moves the whole book to another.
     """
     seed = base_seed()
     global _started

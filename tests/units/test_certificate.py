@@ -280,7 +280,7 @@ def test_bad_input_raises(layers, low, high, error, message):
 
 @pytest.mark.parametrize("model", [3, torch.relu, [LINEAR, nn.ReLU()]])
 def test_what_is_no_module_is_refused(model):
-    with pytest.raises(TypeError, match=r"not a torch\.nn\.Module: make it an nn\.Sequential"):
+    with pytest.raises(TypeError, match=r"not a torch\.nn\.Module"):
         certify_dead(model, 0.0, 1.0)
 
 

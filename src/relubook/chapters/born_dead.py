@@ -20,8 +20,7 @@ __all__ = ["lower_bound", "silenced", "two_wide", "upper_bound"]
 def silenced(width: int, depth: int) -> float:
     """Return 1 - (1 - 2^-N)^(L - 1): the probability that one given input is silenced, exactly.
 
-    A bound on being born dead for all inputs and symmetric biases (Lu et al. 2019,
-    https://arxiv.org/abs/1903.06733).
+    It bounds that for all inputs and symmetric biases (Lu et al. 2019, arXiv 1903.06733).
     """
     return -math.expm1((depth - 1) * math.log1p(-(2.0**-width)))
 

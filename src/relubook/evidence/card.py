@@ -30,21 +30,15 @@ def number(value: float, unit: str, digits: int | None = None) -> str:
 
 
 def card(verdict: Any, confidence: float) -> str:
-    """Return a :class:`~relubook.evidence.claims.Verdict` as HTML.
-
-    The confidence is that of all its intervals together.
-    """
+    """Return a ``Verdict`` as HTML; the confidence is that of all its intervals together."""
     claim, word = verdict.claim, verdict.word
-    body = "".join(map(_row, (p for p in verdict.parts if p.role == "main")))
-    body = f'<ul class="ev-parts">{body}</ul>' if body else ""
-    if limits := "".join(map(_row, (p for p in verdict.parts if p.role == "limit"))):
-        body += f'<p class="ev-role">Limits</p><ul class="ev-parts">{limits}</ul>'
+    body = ""
+    for role, head in (("main", ""), ("limit", '<p class="ev-role">Limits</p>')):
+        if rows := "".join(_row(part) for part in verdict.parts if part.role == role):
+            body += f'{head}<ul class="ev-parts">{rows}</ul>'
     if verdict.sources:
-        body += f"<p>{escape(verdict.finding)}</p><ul>"
-        body += "".join(
-            f'<li><a href="{escape(a)}">{escape(b)}</a></li>' for b, a in verdict.sources
-        )
-        body += "</ul>"
+        links = [f'<li><a href="{escape(a)}">{escape(b)}</a></li>' for b, a in verdict.sources]
+        body += f"<p>{escape(verdict.finding)}</p><ul>{''.join(links)}</ul>"
     return (
         f'<div class="ev-card ev-{word.replace(", ", "-")}" id="claim-{claim.id}">'
         f'<p class="ev-head"><b class="ev-badge">{word.capitalize()}</b> '
@@ -72,8 +66,7 @@ def _fold(verdict: Any, confidence: float) -> str:
     return (
         "<details><summary>Networks and confidence</summary><p>The intervals of this card hold "
         f"together with {100 * confidence:g}% confidence{each}.</p><ul>"
-        + "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-        + "</ul></details>"
+        f"{''.join(f'<li>{escape(fact)}</li>' for fact in facts)}</ul></details>"
     )
 
 

@@ -8,8 +8,7 @@ An evidence notebook hands in raw samples, one number a network, and gets a verd
     )
 
 *Main* is the claim at its author's own strength, *limits* are what a reader should know besides.
-All intervals of a card hold together with 99% confidence (Bonferroni), so whichever words follow
-from them are right with 99%.
+All intervals of a card hold together with 99% confidence (Bonferroni), and so do its words.
 """
 
 import difflib
@@ -65,13 +64,9 @@ class Part:
         """Return the part with its interval at the corrected level, and its verdict."""
         value = self.sample(confidence) if self.sample else self.value
         _, low, high = value
-        verdict = "open"
-        if self.sample and self.n < LEAST_SAMPLES:
-            pass
-        elif self.low <= low and high <= self.high:
-            verdict = "holds"
-        elif high < self.low or low > self.high:
-            verdict = "fails"
+        few = self.sample is not None and self.n < LEAST_SAMPLES
+        holds, fails = self.low <= low and high <= self.high, high < self.low or low > self.high
+        verdict = "open" if few else "holds" if holds else "fails" if fails else "open"
         return replace(self, role=role, value=value, verdict=verdict)
 
     @property
@@ -116,9 +111,8 @@ def part(
         nonfinite: How NaN and infinity count, decided before the run: "omit" or a number.
         unit: By default "%" for shares, " points" for their differences, none without bounds.
 
-    Raises:
-        ValueError: Unless there is one criterion that suits the kind, at least 30 samples, one
-            number each, within their bounds, and a stated role for those that are not finite.
+    Raises ValueError unless there is one criterion that suits the kind, at least 30 samples, one
+    number each, within their bounds, and a stated role for those that are not finite.
     """
     criteria = {"at least": at_least, "at most": at_most, "between": between, "exactly": equals}
     given = {k: v for k, v in (criteria | {"holds": holds}).items() if v is not None}
@@ -129,11 +123,9 @@ def part(
         raise ValueError(f"{sentence!r}: a sample has an interval; give a range, or another kind")
     if samples is None and name != "holds":
         raise ValueError(f"{sentence!r} must say what it is judged on")
-    ends: Any = limit if name == "between" else (limit, limit)
+    ends: Any = limit if name == "between" else (limit, limit) if name != "holds" else (1, 1)
     low = -math.inf if name == "at most" else float(ends[0])
     high = math.inf if name == "at least" else float(ends[1])
-    if name == "holds":
-        low = high = 1.0
     if not low <= high:
         raise ValueError(f"{sentence!r}: {name} {limit} leaves nothing that could pass")
     if unit is None:
@@ -217,18 +209,15 @@ class Claim:
         """Judge the claim, and compare the verdict with the recorded one.
 
         A main part that fails makes the claim *false*, one that is open *undecided*. If all hold it
-        is *true*, or *true, but* as long as a limit does not hold.
-
-        The verdict shows itself as a card when it ends a cell.
+        is *true*, or *true, but* as long as a limit does not hold. The verdict is shown as a card.
 
         Args:
             main: The claim at its own strength; of several parts all are needed.
             limits: What a reader should know besides, each with the ``but=`` of its failure.
 
-        Raises:
-            ValueError: If there is no main part, a limit lacks its ``but=``, or a sentence repeats.
-            AssertionError: In CI and under ``make notebooks``, if the verdict or a part that was
-                decided is not as recorded (in ``RELUBOOK_VERDICTS``, if set); else a warning.
+        Raises ValueError if there is no main part, a limit lacks its ``but=``, or a sentence
+        repeats; AssertionError in CI and under ``make notebooks`` (else a warning) if the verdict
+        or a part that was decided is not as recorded (in ``RELUBOOK_VERDICTS``, if set).
         """
         main = [main] if isinstance(main, Part) else list(main)
         sentences = [p.sentence for p in (*main, *limits)]
@@ -324,11 +313,8 @@ def claim(claim_id: str) -> Claim:
 def ledger() -> list[dict[str, Any]]:
     """Return every claim with its facts, its verdict (*untested* without any) and its parts."""
     empty = {"verdict": "untested", "condition": "", "parts": [], "sources": [], "finding": ""}
-    records, facts = _records(), ("id", "statement", "chapter", "whose")
-    return [
-        {fact: getattr(entry, fact) for fact in facts}
-        | {"notes": list(entry.notes)}
-        | empty
-        | records.get(entry.id, {})
-        for entry in _claims().values()
-    ]
+    records, rows = _records(), []
+    for entry in _claims().values():
+        facts = {k: getattr(entry, k) for k in ("id", "statement", "chapter", "whose")}
+        rows.append(facts | {"notes": list(entry.notes)} | empty | records.get(entry.id, {}))
+    return rows

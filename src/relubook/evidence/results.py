@@ -104,8 +104,7 @@ def computation(
     """Make a function a named computation; ValueError for another name, or an empty grid or seeds.
 
     Args:
-        name: That of its file too: lower-case letters, digits and hyphens, written out, since the
-            tool that finds it reads the cell.
+        name: That of its file too: lower-case letters, digits and hyphens, written out.
         grid: The values of each parameter, as JSON can hold them; the cells are their product.
         seeds: The seeds of every cell; a number m stands for ``range(m)``.
     """

@@ -15,8 +15,7 @@ class MemberData:
     """Inputs and targets of all members, checked, on the stack's device and in its type.
 
     Losses are computed in 32 bits at least. Where y could be (n, ...) or (members, n, ...), it is
-    what fits the outputs; for networks of one output (n,) stands for (n, 1). Messages put ``kind``
-    in front of x and y.
+    what fits the outputs; for one output (n,) stands for (n, 1). Messages call x ``f"{kind}x"``.
     """
 
     def __init__(self, stack: Stack, x: Any, y: Any, loss: Any, kind: str = ""):

@@ -27,9 +27,8 @@ def loss_function(loss: Any, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     Args:
         loss: A name of ``torch.nn.functional`` or ``torch.nn`` (or ``"mse"``, ``"mae"``,
             ``"huber"``), a class or instance of a loss of ``torch.nn``, or any function of one
-            network's outputs and targets (batch, ...) that returns their mean loss and that
-            ``torch.func.vmap`` can map. None stands for cross-entropy if y holds integers, else
-            the mean squared error.
+            network's outputs and targets (batch, ...) that returns their mean loss and that vmap
+            can map. None: cross-entropy if y holds integers, else the mean squared error.
         y: Labels or targets, which None goes by.
 
     Raises ValueError if the name is unknown or the loss no mean, TypeError if it is no function.

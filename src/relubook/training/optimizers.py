@@ -31,8 +31,7 @@ REFUSED = {"LBFGS": "it calls the loss many times a step", "SparseAdam": "gradie
 class Numbers:
     """All trained parameters of a stack in one piece of memory, and their gradients in another.
 
-    The stack's parameters are views of it while the context lasts; where the stack says so, the
-    members stand side by side in memory.
+    The stack's parameters are views of it while the context lasts.
     """
 
     def __init__(self, stack: Stack):
@@ -57,11 +56,7 @@ class Numbers:
             self.gradients.append(gradient)
 
     def groups(self, rates: list[float], elementwise: bool) -> list[dict[str, Any]]:
-        """Return parameter groups of views, one for each run of equal rates.
-
-        Unless the optimizer is elementwise, one for each member, with its parameters as a single
-        network has them.
-        """
+        """Return groups of views, one a run of equal rates; one a member unless elementwise."""
         if len(set(rates)) == 1 and elementwise:
             self.values.grad = self.gradient
             return [{"params": [self.values], "lr": rates[0]}]
@@ -112,10 +107,7 @@ class Numbers:
 def optimizer_maker(
     optimizer: Any, options: dict[str, Any]
 ) -> tuple[Callable[..., torch.optim.Optimizer], bool]:
-    """Return what makes an optimizer from parameter groups, and whether it acts on single numbers.
-
-    Raises TypeError or ValueError if it is unknown, fits no stack, or an option is wrong.
-    """
+    """Return what makes an optimizer from parameter groups, and whether it is elementwise."""
     if isinstance(optimizer, str):
         if (name := optimizer.lower()) not in NAMED:
             close = difflib.get_close_matches(name, list(NAMED), n=3, cutoff=0.4)

@@ -159,8 +159,7 @@ class Recipe:
     def single(self, seed: int, *, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the network of one seed as a plain module, without the global random state.
 
-        It has ``linear1, norm1, act1, dropout1, linear2, ...``: an ``nn.Sequential`` or a
-        :class:`ResidualNetwork`.
+        An ``nn.Sequential`` or a ``ResidualNetwork`` of ``linear1, norm1, act1, dropout1, ...``.
         """
         generator = torch.Generator().manual_seed(seed)
 

@@ -21,8 +21,7 @@ class TrainingRun:
         network: The trained stack.
         lr: The members' learning rates, shape (M,).
         steps: Steps at which was measured, R of them, 0 being where the run began.
-        loss: On the whole training set in evaluation mode, shape (R, M). NaN or infinite once a
-            member has overflowed.
+        loss: On the whole training set in evaluation mode, (R, M); not finite after an overflow.
         accuracy: Share of the training set classified rightly, (R, M); NaN without labels.
         validation_loss, validation_accuracy: Likewise, NaN without a validation set.
         dead: Share of the units of each activation that output 0 on the whole training set,
@@ -32,8 +31,7 @@ class TrainingRun:
             what was last seen before.
         gradient_norm: Norm of the gradient of the last step before the measurement, over the
             whole network and before clipping, (R, M); NaN at step 0.
-        diverged: First measured step with a non-finite loss or parameter, (M,), int64; -1 for
-            none.
+        diverged: First measured step with a non-finite loss or parameter, (M,), int64, else -1.
         interrupted: Whether Ctrl-C stopped the run; it then holds what there is.
     """
 
@@ -99,12 +97,10 @@ class TrainingRun:
 def crossed(seeds: int | Iterable[int], lr: Iterable[float]) -> tuple[list[int], list[float]]:
     """Cross seeds with learning rates, so that a whole grid is one stack.
 
-    Returns seeds and rates of the members: ``train(recipe.stack(s), ..., lr=r)``. A number m as
-    ``seeds`` stands for ``range(m)``.
+    Returns seeds s and rates r for ``train(recipe.stack(s), ..., lr=r)``; m is ``range(m)``.
 
-    Example:
-        >>> crossed(2, [0.1, 0.2])
-        ([0, 1, 0, 1], [0.1, 0.1, 0.2, 0.2])
+    >>> crossed(2, [0.1, 0.2])
+    ([0, 1, 0, 1], [0.1, 0.1, 0.2, 0.2])
     """
     chosen, rates = member_seeds(seeds), list(lr)
     return list(chosen) * len(rates), [rate for rate in rates for _ in chosen]
@@ -113,9 +109,8 @@ def crossed(seeds: int | Iterable[int], lr: Iterable[float]) -> tuple[list[int],
 def seed_ranges(members: int, parts: int) -> list[range]:
     """Cut ``range(members)`` into at most ``parts`` ranges of nearly equal length.
 
-    Example:
-        >>> seed_ranges(10, 3)
-        [range(0, 4), range(4, 7), range(7, 10)]
+    >>> seed_ranges(10, 3)
+    [range(0, 4), range(4, 7), range(7, 10)]
     """
     if members < 1 or parts < 1:
         raise ValueError(f"members and parts must be at least 1, not {members} and {parts}")

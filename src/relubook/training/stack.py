@@ -279,13 +279,11 @@ def stack_of(
         build: Builds one network from torch's global random state, which is seeded with each
             member's seed in turn and left as it was.
         seeds: The members' seeds; a number m stands for ``range(m)``.
-        dims: Dimensions of one network's batch, by which inputs of each member's own are told
-            from shared ones. By default 2, or those of the first convolution; without either all
-            inputs are shared.
+        dims: Dimensions of one network's batch, by which inputs of each member's own are told from
+            shared ones. By default 2, or those of the first convolution, else all are shared.
 
-    Returns:
-        The stack. ``hidden`` sees activation modules of ``relubook.layers.activations.MODULES``,
-        not functions called in ``forward``. Dropout draws from torch's global generator.
+    ``hidden`` of the stack sees activation modules of ``relubook.layers.activations.MODULES``, not
+    functions called in ``forward``. Dropout draws from torch's global generator.
 
     Raises TypeError if ``build`` returns no module, ValueError if members differ in shape or a
     parameter is shared within a network.

@@ -77,21 +77,17 @@ def train(
         scheduler: Makes a scheduler of ``torch.optim.lr_scheduler`` from the optimizer, such as
             ``functools.partial(CosineAnnealingLR, T_max=steps)``; it steps after every step.
         clip: Largest norm of a member's gradient, as ``torch.nn.utils.clip_grad_norm_`` has it.
-        record: Measure every so many steps, or at these; by default at 11. The first and the last
-            step are always measured.
+        record: Measure every so many steps, or at these (by default 11), at both ends always.
         validation: Inputs and labels or targets of a validation set.
-        each_step: ``each_step(step, stack, optimizer)`` is called after every step (1, 2, ...),
-            in evaluation mode and without gradients; it may change parameters in place, and ends
-            the run by returning ``False``.
+        each_step: ``each_step(step, stack, optimizer)`` is called after every step (1, 2, ...) in
+            evaluation mode without gradients; may change parameters in place; False ends the run.
         jobs: Ranges of members to train apart by joblib; not with ``each_step``.
         progress: Whether to show a bar. By default when the standard error is a terminal, or as
             the environment variable ``RELUBOOK_PROGRESS`` says (0 or 1).
         **options: Options of the optimizer, such as ``momentum=0.9, nesterov=True``.
 
-    Returns:
-        What was measured, with the stack as ``network``; after Ctrl-C what there is.
-
-    Raises TypeError or ValueError, and changes nothing, if an argument is wrong.
+    Returns what was measured, with the stack as ``network``; after Ctrl-C what there is. Raises
+    TypeError or ValueError, and changes nothing, if an argument is wrong.
     """
     if not isinstance(stack, Stack):
         kind = type(stack).__name__

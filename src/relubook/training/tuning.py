@@ -51,8 +51,7 @@ def tune_rate(
         seeds: Seeds of the tuning, not to be used again in the comparison.
         settings: Passed on to :func:`relubook.training.train.train`: steps, optimizer and so on.
 
-    Returns:
-        The best rate (or ValueError, as :func:`best_rate` has it), and the mean score by rate.
+    Returns the best rate (else ValueError, as :func:`best_rate`), and the mean score by rate.
     """
     members, lr = crossed(seeds, rates)
     stack = recipe.stack(members, dtype=data.train.x.dtype)

@@ -3,19 +3,16 @@
 A data set can only show that a unit was silent so far; a unit whose bound on the pre-activation is
 not positive cannot fire anywhere in the box:
 
->>> import torch
->>> from torch import nn
->>> from relubook.units.certificate import certify_dead
->>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
->>> with torch.no_grad():
-...     _ = model[0].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0], [2.0, 0.0]]))
-...     _ = model[0].bias.copy_(torch.tensor([-3.0, -1.0, -2.5]))
+>>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU()).requires_grad_(False)
+>>> _ = model[0].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0], [2.0, 0.0]]))
+>>> _ = model[0].bias.copy_(torch.tensor([-3.0, -1.0, -2.5]))
 >>> certify_dead(model, low=-1.0, high=1.0)["1"].certified.tolist()
 [True, False, True]
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relubook.units._listing import SiteListing, plain_table
+from relubook.units._undisturbed import unwrapped
 from relubook.units.readers import is_plain
 
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
@@ -89,13 +87,12 @@ def certify_dead(model: nn.Module, low: float | Tensor, high: float | Tensor) ->
     """Find the units that are silent on every input x with low <= x <= high.
 
     Every layer's values are bounded by intervals: exact for the first linear layer, sound but loose
-    behind it, since how units depend on each other is ignored.
-
-    They hold for what the model itself computes: they are evaluated in float64 and widened by the
-    a-priori error of a sum of n products in any order, n u / (1 - n u) times the sum of the
-    absolute products (Higham, Accuracy and Stability of Numerical Algorithms, chapter 3), for the
-    u of the model's coarsest parameters, 2^-24 in float32. Not covered are transformed convolutions
-    (Winograd, FFT), TF32, autocast and a lowered matmul precision.
+    behind it, since how units depend on each other is ignored. They hold for what the model itself
+    computes: they are evaluated in float64 and widened by the a-priori error of a sum of n products
+    in any order, n u / (1 - n u) times the sum of the absolute products (Higham, Accuracy and
+    Stability of Numerical Algorithms, chapter 3), for the u of the model's coarsest parameters,
+    2^-24 in float32. Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a
+    lowered matmul precision.
 
     Args:
         model: An ``nn.Sequential`` (nested ones too) or one layer. Up to the last rectifier it may
@@ -104,19 +101,15 @@ def certify_dead(model: nn.Module, low: float | Tensor, high: float | Tensor) ->
         low, high: Corners: numbers or tensors that together have the shape of one input without
             the batch; two numbers do where the first layer is linear.
 
-    Raises:
-        TypeError: If a layer is not supported, or the box holds no numbers.
-        ValueError: If the box is empty, not finite or of another shape, no rectifier can be silent,
-            or a layer trains where that matters, has hooks, is not finite, or may overflow.
+    Raises TypeError if a layer is not supported, or the box holds no numbers; ValueError if the box
+    is empty, not finite or of another shape, no rectifier can be silent, or a layer trains where
+    that matters, has hooks, is not finite, or may overflow.
     """
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"model is a {kind}, not a torch.nn.Module: make it an nn.Sequential")
+    model = unwrapped(model)
     total = sum(_can_be_silent(m) for _, m in model.named_modules(remove_duplicate=False))
     if not total:
         raise ValueError("there is no rectifier that can be silent: ReLU, ReLU6, Hardtanh from 0")
-    dtypes = {p.dtype for p in model.parameters()} or {torch.float32}
-    kinds = list(map(torch.finfo, dtypes))
+    kinds = [torch.finfo(p.dtype) for p in model.parameters()] or [torch.finfo(torch.float32)]
     arithmetic = _Arithmetic(
         u=max(kind.eps for kind in kinds) / 2,
         largest=min(kind.max for kind in kinds),
@@ -187,13 +180,12 @@ class _Box(NamedTuple):
 
 
 def _box(first: Any, low: Any, high: Any) -> _Box:
-    corners = {"low": low, "high": high}
-    for side, corner in corners.items():
-        corners[side] = _double(torch.as_tensor(corner))
-        if not bool(corners[side].isfinite().all()):
+    low, high = (_double(torch.as_tensor(corner)) for corner in (low, high))
+    for side, corner in (("low", low), ("high", high)):
+        if not bool(corner.isfinite().all()):
             raise ValueError(f"{side} is not finite everywhere")
     try:
-        lower, upper = torch.broadcast_tensors(*corners.values())
+        lower, upper = torch.broadcast_tensors(low, high)
     except RuntimeError as error:
         raise ValueError(f"the shapes of low and high do not fit: {error}") from None
     if not lower.dim():
@@ -214,12 +206,9 @@ class _Arithmetic(NamedTuple):
     tiny: float
 
     def widen(self, box: _Box, n: int, size: Tensor | None = None, factor: float = 1.0) -> _Box:
-        """Widen by the error of sums of n terms whose absolute values add up to ``size``.
-
-        The model makes n rounding errors, which add up to at most n u / (1 - n u) < 1.4 n u, and
-        we make at most 8 n. What underflows, ``factor`` times, adds up to n times the smallest
-        normal number.
-        """
+        """Widen by the error of sums of n terms whose absolute values add up to ``size``."""
+        # The model makes n rounding errors, which add up to at most n u / (1 - n u) < 1.4 n u, we
+        # at most 8 n. Underflow, ``factor`` times, adds up to n times the smallest normal number.
         size = box.size if size is None else size
         margin = n * (size * (1.4 * self.u + 8 * 2.0**-53) + 4 * self.tiny * (1 + factor))
         if n * self.u > 0.25 or not bool((size + margin < self.largest / 2).all()):
@@ -227,7 +216,6 @@ class _Arithmetic(NamedTuple):
         return _Box(box.low - margin, box.high + margin)
 
     def apply(self, layer: Any, box: _Box) -> _Box:
-        """Bounds behind a layer."""
         if isinstance(layer, _LINEAR):
             return self.linear(layer, box)
         if isinstance(layer, _BATCH_NORMS):
@@ -241,10 +229,7 @@ class _Arithmetic(NamedTuple):
         taps = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
         if taps and box.low.dim() != taps + 2:
             raise ValueError(f"it takes {taps + 1} dimensions")
-
-        def product(x: Tensor, weight: Tensor) -> Tensor:
-            return layer._conv_forward(x, weight, None) if taps else F.linear(x, weight)
-
+        product = partial(layer._conv_forward, bias=None) if taps else F.linear
         weight = _double(layer.weight)
         center, radius = (box.high + box.low) / 2, (box.high - box.low) / 2
         middle, spread = product(center, weight), product(radius, weight.abs())

@@ -4,14 +4,8 @@ A dead unit contributes nothing and receives no gradient, so no gradient method 
 :func:`revive_` gives it fresh incoming weights, so that it fires again, and cuts its outgoing
 weights to zero, so that nobody notices until they have learned what to do with it:
 
->>> import torch
->>> from torch import nn
->>> from relubook.units.diagnosis import diagnose
->>> from relubook.units.revival import revive_
->>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
->>> with torch.no_grad():
-...     _ = model[0].bias[:3].fill_(-100.0)
->>> x = torch.randn(256, 4)
+>>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(256, 4)
+>>> _ = model[0].bias.data[:3].fill_(-100.0)
 >>> before = model(x)
 >>> revival = revive_(model, diagnose(model, [x]), x)
 >>> revival.total, revival.silent
@@ -128,8 +122,7 @@ def revive_(
     **What stays.** In evaluation mode the output is the same on every input on which all revived
     units were silent: bit for bit, or up to rounding where a batch norm behind the rectifier turns
     the unit's 0 into a constant, whose part the next layer's bias takes over. In training mode it
-    can change by what running and batch mean differ. A site whose repair moves the outputs on the
-    batch is put back and listed.
+    can change by what running and batch mean differ. A site whose repair moves outputs is put back.
 
     **Which layers come next** is observed in evaluation and in training mode, on the path that the
     batch takes. Left and listed with the reason: sums (residual connections), layer norm and what
@@ -151,18 +144,14 @@ def revive_(
         optimizer: The optimizer, or a list of all, whose moments would push the fresh weights on.
         tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
             most this (0.025 in the paper). They are not silent, so that the function moves a bit.
-        generator: Source of the fresh weights; by default a new one, seeded from the global random
-            state, which is not advanced.
+        generator: Source of the weights; default: a new one, of the global state, which stays.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
-    Raises:
-        TypeError: If ``model``, ``report`` or ``optimizer`` is something else, or scripted.
-        ValueError: If there is no batch; if the report belongs to another model, or ``tau`` is no
-            score, or has none there; if the optimizer is L-BFGS, or lacks a changed parameter;
-            or if a layer gets what is not finite. Model and optimizer then are as before.
+    Raises TypeError if ``model``, ``report`` or ``optimizer`` is something else, or scripted;
+    ValueError if there is no batch; if the report belongs to another model, or ``tau`` is no score,
+    or has none there; if the optimizer is L-BFGS, or lacks a changed parameter; or if a layer gets
+    what is not finite. Model and optimizer then are as before.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted, its layers cannot be read: revive the model it is from")
@@ -212,7 +201,6 @@ def revive_(
 
 
 def _chosen(report: Any, tau: float | None) -> dict[str, Tensor]:
-    """Return which units of each site are to be revived."""
     chosen = {site.name: site.dead for site in report.sites}
     if tau is not None:
         scores = {site.name: site.score for site in report.sites if site.score is not None}
@@ -303,9 +291,7 @@ class _Repair:
         return int((values.amax(0) <= mean).sum())
 
 
-def _reset_state(
-    optimizer: torch.optim.Optimizer, fresh: dict[Tensor, Tensor], undo: ExitStack
-) -> None:
+def _reset_state(optimizer: Any, fresh: dict[Tensor, Tensor], undo: ExitStack) -> None:
     """Let an optimizer's state of the marked entries start anew too."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for parameter in fresh.keys() & groups.keys():

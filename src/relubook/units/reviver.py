@@ -34,15 +34,13 @@ class Reviver:
         steps: Number of steps so far; set it when a run is resumed.
         history: A pair ``(steps, revival)`` for each time it was due.
 
-    Raises:
-        TypeError, ValueError: If an argument is none such. A step that is due raises what
-            ``diagnose`` and ``revive_`` do; then nothing is revived.
+    Raises TypeError or ValueError if an argument is none such. A step that is due raises what
+    ``diagnose`` and ``revive_`` do; then nothing is revived.
 
-    Example:
-        >>> reviver = Reviver(model, optimizer, every=1000, what="dormant")
-        >>> for x, y in loader:
-        ...     train(x, y)  # with optimizer.step()
-        ...     reviver.step(x)
+    >>> reviver = Reviver(model, optimizer, every=1000, what="dormant")
+    >>> for x, y in loader:
+    ...     train(x, y)  # with optimizer.step()
+    ...     reviver.step(x)
     """
 
     def __init__(
@@ -56,15 +54,13 @@ class Reviver:
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of steps, at least 1, not {every!r}")
         if what not in ("dead", "dormant") or not tau >= 0:
             raise ValueError(f"what={what!r}, tau={tau}: say 'dead' or 'dormant', tau from 0 on")
+        self._model, self._options = unwrapped(model), options
         options["family"] = "all" if what == "dormant" else "rectifiers"
         inspect.signature(diagnose).bind(model, [], **options)
-        self._model, self._options = unwrapped(model), options
         self._repair: dict[str, Any] = {"optimizer": listed(optimizer), "generator": generator}
         self._repair["tau"] = tau if what == "dormant" else None
         self.every, self.steps, self.history = every, 0, list[tuple[int, Revival]]()

@@ -31,7 +31,9 @@ RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``'s and the data-parallel wrappers."""
+    """Return the module inside ``torch.compile``'s and data-parallel wrappers; else TypeError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
     while True:
         inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
@@ -253,16 +255,12 @@ class SiteFinder(TorchDispatchMode):
     def _mark(self, value: Any, data: bool) -> None:
         """Tag the tensors that no operator has tagged."""
         numbers, dim = self._numbers, self.batch_dim
-
-        def tag(shape: torch.Size) -> Tag:
-            inside = data and -len(shape) <= dim < len(shape)
-            batched = inside and shape[dim] == self.batch_size
-            return Tag(None, numbered(shape, dim) if batched else None, data)
-
         for x in tensors_in(value):
             if numbers.of(x) is None:
-                given = x.shape, data, self.batch_size
-                numbers.tags[x] = numbers.step(given, partial(tag, x.shape))
+                inside = data and -x.ndim <= dim < x.ndim
+                batched = inside and x.shape[dim] == self.batch_size
+                tag = partial(Tag, None, numbered(x.shape, dim) if batched else None, data)
+                numbers.tags[x] = numbers.step((x.shape, batched, data), tag)
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:

@@ -27,8 +27,7 @@ class Event(NamedTuple):
 
     The window that showed it goes from ``step`` to ``until``. A unit that died was silent from its
     first step on at the latest; one that was revived fired in it for the first time. The kind is
-    ``"death"``, also if the first window that reached the site found the unit silent, or
-    ``"revival"``.
+    ``"revival"``, or ``"death"``, also of units silent in the first window that reached the site.
     """
 
     step: int
@@ -74,8 +73,7 @@ class WatchReport(UnitListing[WatchedSite]):
 
     Attributes:
         sites: One :class:`WatchedSite` per site that is followed.
-        step, window, inputs: The window's last step, and its number of steps and of inputs, over
-            all processes.
+        step, window, inputs: The window's last step, its number of steps, and of all inputs.
         unfollowed: Names of the sites and parts that are not followed.
         history: Deaths and revivals up to then, as in :class:`Watch`.
     """
@@ -152,8 +150,7 @@ class Watch:
     ``torch.compile`` before or inside the ``with`` block: entry and exit discard all code compiled
     in the process, which would ignore new hooks, and compiled graphs break where the model is
     entered and left (``fullgraph=True`` raises). Under ``torch.distributed`` the peaks of all
-    processes, which must take as many steps, are merged after each window. A copy of a watched
-    model is not watched.
+    processes, which must take as many steps, are merged after each window. Copies are not watched.
 
     Attributes:
         step: Number of steps seen.
@@ -168,16 +165,14 @@ class Watch:
         unit_dim, batch_dim, activations: As in :func:`relubook.units.diagnosis.diagnose`. Of those
             that only their output tells to be silent, ``peak`` is the largest absolute output.
 
-    Raises:
-        TypeError: If ``model`` is no module or ``optimizer`` no optimizer.
-        ValueError: If ``window`` is not positive, or, at the first step, no rectifier is called.
-        AmbiguousUnitsError: At the first step, if no site's units can be told.
+    Raises TypeError if ``model`` is no module or ``optimizer`` no optimizer, ValueError if
+    ``window`` is not positive; at the first step ValueError if no rectifier is called, and
+    AmbiguousUnitsError if no site's units can be told.
 
-    Example:
-        >>> with Watch(model, window=100) as watch:
-        ...     train(model)
-        >>> watch.compute()      # which units are dead now
-        >>> watch.history        # when each died, and which came back
+    >>> with Watch(model, window=100) as watch:
+    ...     train(model)
+    >>> watch.compute()      # which units are dead now
+    >>> watch.history        # when each died, and which came back
     """
 
     def __init__(
@@ -190,8 +185,7 @@ class Watch:
         batch_dim: int = 0,
         activations: Activations = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+        self._model = unwrapped(model)
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be a whole number of steps, at least 1, not {window!r}")
         inner = optimizer
@@ -204,7 +198,6 @@ class Watch:
         self.step = 0
         self.history: list[Event] = []
         self.unfollowed, self.notes = list[str](), list[str]()
-        self._model = unwrapped(model)
         own_kinds(activations, {})  # raises what is wrong with it
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._options["activations"] = activations
