@@ -26,8 +26,7 @@ class Kind:
     silences: bool = True  # whether it has a silent region
     level: float = 0.0  # its largest silent pre-activation; -inf if the silent region is a band
     by_output: bool = False  # whether its output tells more exactly whether it is silent
-    # For the pieces of maxout, the dimension along which those of a unit lie. A piece counts as
-    # firing where it wins: where it attains the maximum.
+    # For maxout, the dimension of a unit's pieces. A piece fires where it attains the maximum.
     dim: int | None = None
     silent: Callable[[Tensor], Tensor] | None = None  # tells where an output is silent, if not at 0
 
@@ -138,8 +137,7 @@ class Site:
     kind: Kind
     units: int  # how many there are
     dims: tuple[int, ...]  # those of its input along which units lie
-    # None if each place along them is a unit; else what sorts these places by unit, equally many
-    # for each.
+    # None if each place along them is a unit; else what sorts these, equally many for each.
     order: Tensor | None
     inputs: Tensor | None  # the number of the input of each element, if known
     size: int  # how many inputs are in the batch

@@ -32,12 +32,7 @@ CHOICES = words("index index_select gather _pack_padded_sequence")
 PICKS = CHOICES | words(
     "flip roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle cat stack"
 )
-FACTORS = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "addmm": ("mat1", "mat2"),
-    "baddbmm": ("batch1", "batch2"),
-}
+PRODUCTS = words("mm bmm addmm baddbmm")
 
 
 def told_by(test: Callable[[Any], bool]) -> Any:
@@ -86,10 +81,7 @@ def along(numbers: Tensor) -> list[int]:
 
 
 def fitted(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Return the numbers of a result of another shape that was made place by place.
-
-    ``None`` if a dimension along which they vary changed its size, or if dimensions are gone.
-    """
+    """Return the numbers of a result made place by place; ``None`` if they do not fit its shape."""
     if numbers is None or numbers.shape == tuple(shape):
         return numbers
     small = core(numbers)
@@ -360,11 +352,10 @@ class Numbering:
             return first
         if operator in SHAPES:
             return self._moved_tag(operator, first, *(reshaped(own, shape) for own in first[:2]))
-        if operator in FACTORS:
-            return self._product(operator, bound, shape)
+        if operator in PRODUCTS:
+            return self._product(bound, shape)
         if "convolution" in operator:
-            inputs = summed(first.inputs, range(1, ndim), (shape[0], *[1] * (ndim - 1)))
-            tag = first._replace(inputs=fitted(inputs, shape))
+            tag = first._replace(inputs=summed(first.inputs, range(1, ndim), shape))
             return self.renewed(tag, numbered(shape, 1), 1 - ndim, layer)
         if operator == "embedding":
             inputs = None if first.inputs is None else first.inputs.unsqueeze(-1).expand(shape)
@@ -384,18 +375,15 @@ class Numbering:
         keeps = bias or "pool" in operator or "dropout" in operator
         return tag._replace(near=first.near and keeps and tag.units is not None)
 
-    def _product(self, operator: str, bound: Mapping[str, Any], shape: tuple[int, ...]) -> Tag:
+    def _product(self, bound: Mapping[str, Any], shape: tuple[int, ...]) -> Tag:
         """Return the tag of a matrix product; new units lie along the weight's free dimension."""
-        left, right = (bound[name] for name in FACTORS[operator])
+        left, right = [x for x in bound.values() if isinstance(x, Tensor)][-2:]
         factors = []
         for tensor, along_sum, free in ((right, -2, -1), (left, -1, -2)):
             tag = self.of(tensor) or Tag(weight=True)
             if not tag.weight:
-                one = list(tensor.shape)
-                one[along_sum] = 1
-                units, inputs = (
-                    fitted(summed(own, [len(one) + along_sum], one), shape) for own in tag[:2]
-                )
+                dims = [tensor.ndim + along_sum]
+                units, inputs = (summed(own, dims, shape) for own in tag[:2])
                 tag = tag._replace(units=units, inputs=inputs)
             factors.append((tag, tensor, free))
         data = [tag for tag, _, _ in factors if not tag.weight]
@@ -405,8 +393,8 @@ class Numbering:
         for own, tensor, free in factors:
             if own.weight:
                 stacked = len(shape) == 3 and tensor.shape[0] > 1 and tensor.stride(0) != 0
-                dims = (0, free) if stacked else (free,)
-                return self.renewed(tag, numbered(shape, *dims), free, own.layer)
+                units = numbered(shape, 0, free) if stacked else numbered(shape, free)
+                return self.renewed(tag, units, free, own.layer)
         for own in data:
             if own.units is not None:
                 return tag._replace(units=own.units, layer=own.layer)

@@ -199,9 +199,8 @@ def diagnose(
             Rectifiers inside are part of it. Units and ``peak`` are those of its input if it has
             the output's shape, else (half the width, a layer inside) those of its output.
 
-    Returns:
-        The report. Afterwards, also after an exception, the model's mode, hooks, gradients and
-        buffers, the random state and the gradient mode are what they were.
+    Returns the report. Afterwards, also after an exception, the model's mode, hooks, gradients and
+    buffers, the random state and the gradient mode are what they were.
 
     Raises:
         TypeError: If ``model`` is no module, ``activations`` names what is none, or data or a batch
@@ -214,11 +213,10 @@ def diagnose(
         AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
             note of the report names some such sites.
 
-    Example:
-        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-        >>> report = diagnose(model, [torch.randn(8, 3) for _ in range(10)])
-        >>> report["1"].fired.shape, report["1"].inputs
-        (torch.Size([4]), 80)
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> report = diagnose(model, [torch.randn(8, 3) for _ in range(10)])
+    >>> report["1"].fired.shape, report["1"].inputs
+    (torch.Size([4]), 80)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
