@@ -285,24 +285,20 @@ class Report(UnitListing[SiteReport]):
         fired_inputs, peak, upper_bound, score`` (NaN where it was not asked for) and ``at_risk``.
         """
         pandas = require("pandas", "tables of results")
-        names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
+        names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
         frames = []
         for site in self.sites:
-            cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
-            cells["at_risk"] = site.at_risk
+            cells: Any = {"site": site.name, "kind": site.kind, "producer": site.producer}
+            states = [STATES[state] for state in site.state.tolist()]
+            cells |= {"unit": range(site.units), "state": states}
+            cells |= {name: getattr(site, name) for name in (*names, "score", "at_risk")}
             frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
-            frame.insert(0, "site", site.name)
-            frame.insert(3, "unit", range(site.units))
-            frame.insert(4, "state", [STATES[state] for state in site.state.tolist()])
             frames.append(frame.astype({"fired_inputs": float, "score": float}))
         return pandas.concat(frames, ignore_index=True)
 
     def plot(self, axes: Any = None) -> Any:
         """Draw a bar per site, split by its units' states, on axes or a new figure; return that."""
-        if axes is None:
-            size = (5.2, 1.3 + 0.3 * len(self.sites))
-            pyplot = require("matplotlib.pyplot", "figures")
-            axes = pyplot.subplots(figsize=size, layout="constrained")[1]
+        axes = axes or _axes(figsize=(5.2, 1.3 + 0.3 * len(self.sites)))
         counts = torch.tensor([list(site.counts().values()) for site in self.sites])
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         left = shares.cumsum(1) - shares
@@ -321,8 +317,7 @@ class Report(UnitListing[SiteReport]):
 
     def plot_density(self, axes: Any = None) -> Any:
         """Draw histograms of log10 of the rates of the units that fired; return their figure."""
-        pyplot = require("matplotlib.pyplot", "figures")
-        axes = pyplot.subplots(layout="constrained")[1] if axes is None else axes
+        axes = axes or _axes()
         low = -math.log10(max(1, *(site.observations for site in self.sites)))
         for site in self.sites:
             rates = site.rate[site.fired > 0].log10().tolist()
@@ -393,6 +388,10 @@ class ReportDiff:
         found += [f"appeared: {', '.join(self.appeared)}"] * bool(self.appeared)
         found += [f"disappeared: {', '.join(self.disappeared)}"] * bool(self.disappeared)
         return "\n".join([*plain_table(rows), *found])
+
+
+def _axes(**options: Any) -> Any:
+    return require("matplotlib.pyplot", "figures").subplots(layout="constrained", **options)[1]
 
 
 def _checked(report: Report) -> Report:

@@ -1,8 +1,7 @@
 """Find every rectifier that a forward pass calls, and the units and inputs at each.
 
-A dispatch mode sees each operator that runs below autograd, so it does not matter how the
-rectifier was written: a module, a function, a method, in place, inside a scripted or a
-checkpointed part.
+A dispatch mode sees each operator that runs below autograd, so it does not matter how a rectifier
+was written: a module, a function, a method, in place, inside a scripted or a checkpointed part.
 """
 
 import fnmatch
@@ -204,7 +203,6 @@ class SiteFinder(TorchDispatchMode):
         self.notes[text] = None
 
     def _mark(self, value: Any, data: bool) -> None:
-        """Tag the tensors that no operator has tagged."""
         dim = self.batch_dim
         for tensor in tensors_in(value):
             if self._numbers.of(tensor) is None:
