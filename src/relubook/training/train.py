@@ -5,9 +5,8 @@
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.01)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.001, optimizer=torch.optim.SGD)  # goes on
 
-The members' losses are added up, so that a member's gradient is what it would be alone. ``jobs=``
-trains ranges of members apart, by joblib; inside ``joblib.parallel_config(backend="dask")`` or
-``"ray"`` the same call runs on a cluster.
+Losses are added up, so that a member's gradient is what it would be alone. ``jobs=`` trains ranges
+apart, by joblib: inside ``joblib.parallel_config(backend="dask")`` or ``"ray"`` on a cluster.
 """
 
 import contextlib
@@ -60,8 +59,7 @@ def train(
 
     Args:
         stack: From ``recipe.stack(seeds)`` or ``stack_of(build, seeds)``; changed in place.
-        x: Inputs, shape (n, ...), shared, or (members, n, ...).
-        y: Labels or targets, shape (n, ...), shared, or (members, n, ...).
+        x, y: Inputs, and labels or targets, shape (n, ...), shared, or (members, n, ...).
         steps: Number of optimizer steps.
         lr: One learning rate, or one a member; :func:`relubook.training.run.crossed` makes grids.
         optimizer: A class of ``torch.optim`` or its name, or a function that makes one from groups,

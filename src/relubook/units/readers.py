@@ -1,9 +1,8 @@
 """Find the layers that read a layer's units, by numbers that go along with the units' outputs.
 
 Each unit of each linear layer and convolution has a number, negative before its rectifier and
-positive behind it. Operators that move elements move their numbers, and what acts on each unit
-alone keeps them. Where anything else gets a numbered tensor, the way of these units ends; where a
-layer does, the number in an input column names the unit that it reads there.
+positive behind it. Operators that move elements move their numbers, what acts on each unit alone
+keeps them, and with anything else the units' way ends; a layer reads them in its input columns.
 """
 
 import re

@@ -64,8 +64,7 @@ class SiteReport:
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
             view spread them over several (attention heads): units are then counted row by row.
         fired: ``int64``: on how many observations the unit was not silent.
-        fired_inputs: ``int64``: on how many inputs it fired at one position at least. ``None``
-            where the inputs cannot be told apart at the site.
+        fired_inputs: ``int64``: on how many inputs it fired; ``None`` where these cannot be told.
         peak: Largest pre-activation.
         nonfinite: ``bool``: some pre-activation was NaN or infinite, which is no silence.
         magnitude: ``float64``: sum of its absolute outputs; ``None`` unless ``family="all"``.
@@ -173,10 +172,7 @@ class SiteReport:
 
     @property
     def upper_bound(self) -> Tensor:
-        """95% upper bound on the rate of each unit that never fired, ``float64``; else NaN.
-
-        It counts inputs, not positions: see :func:`silence_bound`.
-        """
+        """95% bound (:func:`silence_bound`) on what never fired: ``float64``; else NaN."""
         bound = torch.full((self.units,), silence_bound(self.inputs), dtype=torch.float64)
         return bound.masked_fill(~(self.dead | self.never_wins), torch.nan)
 
@@ -214,17 +210,14 @@ class Report(UnitListing[SiteReport]):
     example: Any = None
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all but ``example`` to a file, for :meth:`load`.
-
-        OSError if that fails, as on a full disk; an older file then stays as it was.
-        """
+        """Write all but ``example``, for :meth:`load`; OSError if that fails, old files stay."""
         kept = {"sites": [vars(site) for site in self.sites], "example": None}
         torch.save({"relubook report": VERSION, **vars(self), **kept}, file := io.BytesIO())
         write_whole(Path(path), file.getvalue())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Report":
-        """Read what :meth:`save` wrote. That executes nothing, whoever wrote the file.
+        """Read what :meth:`save` wrote, and execute nothing, whoever wrote the file.
 
         OSError if it cannot be read; ValueError if it holds no report, or one of a newer version.
         """
