@@ -7,6 +7,7 @@ process that has only imported torch, is given in seconds of processor time; and
 process over a million tokens, from the first tenth on, in MiB.
 """
 
+import ctypes
 import itertools
 import os
 import statistics
@@ -193,6 +194,10 @@ def benchmarks(seconds: float = 6.0) -> list[dict[str, Any]]:
         print(f"The machine is loaded: {load:.1f} processes run on its {cores} cores.")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Keep freed memory: page faults, hundreds a step, would fall on either variant by chance.
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     try:
         for name, (_, _, _, bar, bar_of_diagnose) in MODELS.items():
             value, size = training(name, seconds)

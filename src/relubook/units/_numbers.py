@@ -6,13 +6,13 @@ anew. They are expanded from a few numbers (with stride 0), and so cost next to 
 """
 
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 RAW = "no layer came before it"
 """Why the units of the network's own input are unknown."""
@@ -134,25 +134,6 @@ def alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(*ranks)
 
 
-class ByTensor:
-    """Keeps a value for each living tensor: torch's ``WeakTensorKeyDictionary``, four times faster.
-
-    It never asks the weak references for their tensors, which takes most of the time there.
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        self.clear = self._values.clear
-
-    def get(self, tensor: Tensor) -> Any:
-        held = self._values.get(id(tensor))
-        return held and held[1]
-
-    def __setitem__(self, tensor: Tensor, value: Any) -> None:
-        values, key = self._values, id(tensor)
-        values[key] = weakref.ref(tensor, lambda _: values.pop(key, None)), value
-
-
 class Layer(NamedTuple):
     """A call of a layer with weights."""
 
@@ -206,7 +187,7 @@ class Numbering:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self.running = ""
-        self.tags = ByTensor()
+        self.tags = WeakTensorKeyDictionary()
         self.nameless = self.age = self._place = 0
         # What the last pass found, step by step: from what, what, and ``nameless`` then.
         self._steps: list[tuple[tuple[Any, ...], Any, int]] = []
@@ -225,9 +206,8 @@ class Numbering:
         """Return what ``find`` returns, or did at this step of the last pass if given the same."""
         steps, place = self._steps, self._place
         if place == len(steps) or steps[place][0] != given:
-            if place < len(steps):
-                self.nameless = steps[place - 1][2] if place else 0
-                del steps[place:]
+            del steps[place:]
+            self.nameless = steps[-1][2] if steps else 0
             steps.append((given, find(), self.nameless))
         self._place += 1
         return steps[place][1]
@@ -260,14 +240,6 @@ class Numbering:
             source = ("", str(self.nameless))
         layer = Layer(layer.name, source, dim, self.age)
         return Tag(units, tag.inputs, tag.data, "", layer, near=True)
-
-    def enter_input(self, tensor: Tensor, dim: int | None, data: bool) -> None:
-        """Tag a tensor that no operator made; its inputs lie along a dimension, if known."""
-        shape = tensor.shape
-        self.tags[tensor] = self.step(
-            (shape, dim, data),
-            lambda: Tag(None, None if dim is None else numbered(shape, dim), data),
-        )
 
     def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
         """Make sure of the tag of a known layer's output, whatever operators it used."""
@@ -324,21 +296,19 @@ class Numbering:
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
         moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
-        found: list[Tag | None] = []
-        for k, shape in enumerate(shapes):
-            tag = None
+
+        def tag_of(k: int, shape: Any) -> Tag | None:
             if shape is None:
-                pass
-            elif not data and operator != "embedding":
-                tag = weights[0]
-            elif moves:
-                first = self.of(next(iter(bound.values()))) or data[0]
-                first = first._replace(data=any(tag.data for tag in data))
-                tag = self._moved_tag(operator, first, *(own and own[k] for own in moved))
-            else:
-                tag = self._tag_of(operator, bound, data, weights, tuple(shape))
-            found.append(tag)
-        return found
+                return None
+            if not data and operator != "embedding":
+                return weights[0]
+            if not moves:
+                return self._tag_of(operator, bound, data, weights, tuple(shape))
+            first = self.of(next(iter(bound.values()))) or data[0]
+            first = first._replace(data=any(tag.data for tag in data))
+            return self._moved_tag(operator, first, *(own and own[k] for own in moved))
+
+        return [tag_of(*result) for result in enumerate(shapes)]
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""

@@ -78,10 +78,8 @@ class Reader(Hook):
             torch.maximum(site.peak, by_unit(x, way), out=site.peak)
 
     def usual(self) -> bool:
-        """End a pass: tell whether it called the module as the audit's did, or not at all."""
-        usual = not self.strange and (self.loop or self.count in (0, self.calls))
-        self.count, self.strange = 0, False
-        return usual
+        """Tell whether the pass called the module as the audit's did, or not at all."""
+        return not self.strange and (self.loop or self.count in (0, self.calls))
 
 
 class Audit(SiteFinder):
@@ -101,8 +99,6 @@ class Audit(SiteFinder):
 
     def run(self, module: nn.Module, batch_size: int, args: Any, kwargs: Any) -> None:
         """Call the model, or a part of it, on a copy of its input, and leave no trace."""
-        self.found.clear()
-        self.counts.clear()
         Audit.running = True
         try:
             with self.attached(module):

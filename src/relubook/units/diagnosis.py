@@ -28,6 +28,7 @@ class _Pass:
     sites: list[Site] = field(default_factory=list)  # the calls whose inputs can be told apart
     fired: Any = None  # how often: by input of the batch and unit
     mixed: bool = False  # whether a call's inputs cannot be told apart
+    loose: Any = 0  # how often in such calls: by unit
     seen: int = 0  # number of values per unit
 
 
@@ -39,7 +40,6 @@ class _Counter(SiteFinder):
         self.counts: dict[tuple[Any, ...], SiteReport] = {}
         self._low: dict[tuple[Any, ...], Tensor] = {}  # smallest pre-activation of each unit
         self._now: dict[tuple[Any, ...], _Pass] = {}
-        self._fired: dict[tuple[Any, ...], Tensor] = {}  # how often, before the pass
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
@@ -96,8 +96,7 @@ class _Counter(SiteFinder):
         """Count where the units of a call fired, given as ``bool`` or, up to EXACT, ``float32``."""
         now = self._now[site.key]
         if site.inputs is None:
-            self.counts[site.key].fired += site.per_unit(fires, "sum").long()
-            now.mixed = True
+            now.loose, now.mixed = now.loose + site.per_unit(fires, "sum").long(), True
             return
         counts = site.per_input(fires)
         if fires.dtype == torch.bool:
@@ -110,9 +109,8 @@ class _Counter(SiteFinder):
         for key, now in self._now.items():
             count = self.counts[key]
             count.observations += now.seen
-            if now.sites:
-                fired = now.fired.sum(0).long()
-                count.fired += fired
+            fired = now.loose + now.fired.sum(0).long() if now.sites else now.loose
+            count.fired += fired
             if now.mixed:
                 count.inputs += min(self.batch_size, now.seen)
                 count.fired_inputs = None
@@ -125,8 +123,7 @@ class _Counter(SiteFinder):
                 if count.fired_inputs is not None:
                     once = whole and now.seen == self.batch_size
                     count.fired_inputs += fired if once else now.fired.sign().sum(0).long()
-            count.quiet = (count.quiet + now.seen) * (count.fired == self._fired.get(key, 0))
-            self._fired[key] = count.fired.clone()
+            count.quiet = (count.quiet + now.seen) * (fired == 0)
         self._now.clear()
 
     def reports(self) -> list[SiteReport]:

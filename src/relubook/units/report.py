@@ -172,7 +172,7 @@ class SiteReport:
 
     @property
     def upper_bound(self) -> Tensor:
-        """95% bound (:func:`silence_bound`) on what never fired: ``float64``; else NaN."""
+        """95% bound (:func:`silence_bound`) on rates that were 0: ``float64``; else NaN."""
         bound = torch.full((self.units,), silence_bound(self.inputs), dtype=torch.float64)
         return bound.masked_fill(~(self.dead | self.never_wins), torch.nan)
 

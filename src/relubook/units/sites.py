@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from traceback import walk_stack
 from types import CodeType, FrameType
 from typing import Any
@@ -203,12 +204,13 @@ class SiteFinder(TorchDispatchMode):
         self.notes[text] = None
 
     def _mark(self, value: Any, data: bool) -> None:
-        dim = self.batch_dim
-        for tensor in tensors_in(value):
-            if self._numbers.of(tensor) is None:
-                inside = data and -tensor.ndim <= dim < tensor.ndim
-                batched = inside and tensor.shape[dim] == self.batch_size
-                self._numbers.enter_input(tensor, dim if batched else None, data)
+        numbers, dim = self._numbers, self.batch_dim
+        for x in tensors_in(value):
+            if numbers.of(x) is None:
+                inside = data and -x.ndim <= dim < x.ndim
+                batched = inside and x.shape[dim] == self.batch_size
+                tag = partial(Tag, None, numbered(x.shape, dim) if batched else None, data)
+                numbers.tags[x] = numbers.step((x.shape, batched, data), tag)
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._stack and self._boundary is None:

@@ -265,8 +265,10 @@ class Watch:
         if not self._live or Audit.running:
             return
         self._live = False
-        first = not self._seen
-        strange = [r.site.name for r in self._readers if (first and not r.count) | (not r.usual())]
+        odd = [r for r in self._readers if r.count != r.calls or r.strange]
+        strange = [r.site.name for r in odd if not (r.usual() and (self._seen or r.count))]
+        for reader in self._readers:
+            reader.count, reader.strange = 0, False
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
         self._seen = True
