@@ -1,7 +1,4 @@
-"""The layers of many networks side by side, each member with numbers of its own.
-
-Inputs and outputs have the shape (members, batch, features).
-"""
+"""The layers of many networks side by side: inputs and outputs are (members, batch, features)."""
 
 import copy
 import hashlib
@@ -13,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALL_MAP = 16
-"""Largest linear map, in weights, for which plain arithmetic with the members side by side in
-memory beats batched matrix products."""
+"""Largest linear map, in weights, for which plain arithmetic, members last, beats ``bmm``."""
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -63,7 +59,6 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias[:, None], input, self.weight)
 
     def _small(self, input: Tensor) -> Tensor:
-        """Multiply number by number, with the members last in memory."""
         columns = (input.permute(2, 1, 0) if input.dim() == 3 else input.mT[..., None]).unbind(0)
         rows = self.weight.permute(1, 2, 0).unsqueeze(2).unbind(0)
         if self.bias is None:
@@ -126,10 +121,7 @@ class StackedRReLU(Drawing):
 
 
 class StackedModule(nn.Module):
-    """Modules of any one kind, run side by side by ``torch.func.vmap``.
-
-    ``module`` has the members first in every parameter and buffer; it does not run by itself.
-    """
+    """Modules of one kind by ``torch.func.vmap``; ``module`` holds them all, members first."""
 
     def __init__(self, each: Sequence[nn.Module]):
         super().__init__()

@@ -1,14 +1,12 @@
 """Train many networks at once with any optimizer of torch, each member as if it were alone.
 
->>> from relubook.training.recipe import Recipe
 >>> x = torch.linspace(-1, 1, 64)[:, None]
 >>> stack = Recipe(1, 2, 1, hidden=9).stack(50)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.01)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.001, optimizer=torch.optim.SGD)  # goes on
 
-The members' losses are added up, so that a member's gradient is what it would be alone. ``jobs=``
-trains ranges of members apart, by joblib; inside ``joblib.parallel_config(backend="dask")`` or
-``"ray"`` the same call runs on a cluster.
+Losses are added up, so that a member's gradient is what it would be alone. ``jobs=`` trains ranges
+apart, by joblib: inside ``joblib.parallel_config(backend="dask")`` or ``"ray"`` on a cluster.
 """
 
 import contextlib
@@ -61,13 +59,11 @@ def train(
 
     Args:
         stack: From ``recipe.stack(seeds)`` or ``stack_of(build, seeds)``; changed in place.
-        x: Inputs, shape (n, ...), shared, or (members, n, ...).
-        y: Labels or targets, shape (n, ...), shared, or (members, n, ...).
+        x, y: Inputs, and labels or targets, shape (n, ...), shared, or (members, n, ...).
         steps: Number of optimizer steps.
         lr: One learning rate, or one a member; :func:`relubook.training.run.crossed` makes grids.
-        optimizer: A class of ``torch.optim`` or its name, or a function that makes one from
-            parameter groups; a fresh one on each call. Those that mix the numbers of a tensor
-            (Adafactor, Muon, your own) get the members one by one.
+        optimizer: A class of ``torch.optim`` or its name, or a function that makes one from groups,
+            fresh on each call. Those that mix a tensor's numbers (Muon) get members one by one.
         loss: A loss of torch (``F.huber_loss``, ``nn.L1Loss()``, ``"mse_loss"``) or any function
             of one network's outputs and targets that returns their mean loss. By default
             cross-entropy for integer y, else the mean squared error.
@@ -214,7 +210,6 @@ class _Trainer:
         self.kept: list[dict[str, Tensor]] = []
 
     def backward(self, batch: tuple[Tensor, Tensor], measured: bool, clip: float | None) -> None:
-        """Compute the gradient of every member's loss, and clip it."""
         self.numbers.gradient.zero_()
         self.data.each(self.stack(batch[0]), batch[1]).sum().backward()
         if measured or clip is not None:
@@ -224,7 +219,6 @@ class _Trainer:
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
-        """Measure losses, accuracies and dead units."""
         self.stack.eval()
         loss, accuracy, fires = self._evaluate(self.data, True)
         other = self._evaluate(self.check, False)[:2] if self.check else (self.unknown,) * 2
@@ -276,7 +270,6 @@ class _Trainer:
         return loss, hits, fires
 
     def run(self, rates: Tensor, interrupted: bool) -> TrainingRun:
-        """Return what was measured."""
         names, seeds = self.kept[0], self.stack.seeds
         kept: Any = {name: torch.stack([at[name] for at in self.kept]).cpu() for name in names}
         since = [since.cpu() for since in self.died]
@@ -301,7 +294,6 @@ def _train_apart(
 
 
 def _train_part(stack: Stack, x: Tensor, y: Tensor, settings: dict[str, Any]) -> TrainingRun:
-    """Train a range of members on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

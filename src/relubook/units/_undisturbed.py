@@ -26,9 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run forward passes of a model and leave no trace, whatever happens inside.
 
-    Turns off gradients, autocast's cache, the fused path of ``nn.TransformerEncoderLayer`` and
-    ``torch.compile``; restores these, each module's training flag, all buffers, and the random
-    state of Python, NumPy (if imported), torch, and the accelerators in use.
+    Turns off gradients, autocast's cache, ``nn.TransformerEncoderLayer``'s fused path and compiled
+    code; restores these, training flags, buffers, and random states, also of accelerators in use.
     """
     # A frozen scripted module has no flag; a scripted one's buffers can only be written to.
     training = [(part, part.training) for part in model.modules() if hasattr(part, "training")]

@@ -1,8 +1,7 @@
 """Find every rectifier that a forward pass calls, and the units and inputs at each.
 
-A dispatch mode sees each operator that runs below autograd, so it does not matter how the
-rectifier was written: a module, a function, a method, in place, inside a scripted or a
-checkpointed part.
+A dispatch mode sees each operator that runs below autograd, so it does not matter how a rectifier
+was written: a module, a function, a method, in place, inside a scripted or a checkpointed part.
 """
 
 import fnmatch
@@ -205,7 +204,6 @@ class SiteFinder(TorchDispatchMode):
         self.notes[text] = None
 
     def _mark(self, value: Any, data: bool) -> None:
-        """Tag the tensors that no operator has tagged."""
         numbers, dim = self._numbers, self.batch_dim
         for x in tensors_in(value):
             if numbers.of(x) is None:
