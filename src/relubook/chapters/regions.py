@@ -159,10 +159,7 @@ def _general_lines(inputs: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def region_counts(network: Stack, *, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Count the linear regions in a square of each plain ReLU network of a stack, (members,).
-
-    The networks have two inputs; the counts are float64.
-    """
+    """Count the linear regions of a stack's plain ReLU networks of 2 inputs: float64 (members,)."""
     members = (layers_of(network.member(m)) for m in range(len(network)))
     counts = [len(plane_regions(layers, low=low, high=high)) for layers in members]
     return torch.tensor(counts, dtype=torch.float64)

@@ -1,7 +1,4 @@
-"""The card of a claim: verdict first, a row a part, its interval drawn beside the threshold.
-
-It is read without a style sheet too, in Colab or on GitHub; the site's gives it colors.
-"""
+"""The card of a claim, with or without the site's colors: verdict first, a row a part."""
 
 import math
 from html import escape
@@ -16,8 +13,7 @@ _MARKS = {"holds": "\u2713", "fails": "\u2717", "open": "?"}
 def number(value: float, unit: str, digits: int | None = None) -> str:
     """Write a number for a reader, also infinity: a real minus sign, and no minus zero.
 
-    The units ``"%"`` and ``" points"`` write hundredths, any other the value itself; by default it
-    has three or four significant digits, else so many after the point.
+    Three or four significant digits, or ``digits`` after the point; hundredths for % and points.
     """
     value *= 100 if unit in ("%", " points") else 1
     if digits is not None and math.isfinite(value):

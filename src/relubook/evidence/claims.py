@@ -188,8 +188,7 @@ class Verdict:
 class Claim:
     """One claim of the ledger; ``id`` never changes, ``chapter`` is a file name without ending.
 
-    ``notes`` are those of the source notes N1 to N5 that make it. When none does, ``source`` says
-    whose claim it is, and ``source_url`` where to read it.
+    ``notes`` are those of N1 to N5 that make it; if none does, ``source`` and its URL say who does.
     """
 
     id: str
@@ -238,10 +237,9 @@ class Claim:
         return self._settle(Verdict(self, word, condition, (*main, *limits), level))
 
     def cite(self, *sources: tuple[str, str], finding: str) -> Verdict:
-        """Settle a claim of history or biology by its sources; the verdict is *cited*.
+        """Settle a claim by sources and what they found, in a sentence or two: it is *cited*.
 
-        Sources are pairs of a label and a full https address (DOI or arXiv), at least one, else
-        ValueError; the finding is what they say about the claim, in one or two sentences.
+        Sources are pairs of a label and a full https address, at least one; else ValueError.
         """
         if not sources:
             raise ValueError(f"claim {self.id!r} must have at least one source to cite")

@@ -55,7 +55,6 @@ def dataset(name: str, *, standardize: bool = True, dtype: torch.dtype = torch.f
     """Load one of :data:`DATASETS` (else ValueError); the rows are the same on every call.
 
     Args:
-        name: Its name.
         standardize: Give the inputs mean 0 and variance 1 over the training part: each feature of
             a table; all pixels of images together. If False, images are scaled to [0, 1] and
             tables are left as they are. Regression targets are standardized in any case.

@@ -1,7 +1,4 @@
-"""Stated numbers, on any machine: a text is contradicted by an interval, never by last digits.
-
-Training is chaotic, so that another processor gives other networks.
-"""
+"""Stated numbers, on any machine: a text is contradicted by an interval, never by last digits."""
 
 import math
 

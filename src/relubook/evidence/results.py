@@ -1,7 +1,6 @@
 """What takes too long for a notebook: computed once, stored, drawn, and compared with a slice.
 
-A notebook's cell, tagged ``experiment``, says how to compute a number (or truth value) a seed by
-quantity at one point of a grid::
+A cell, tagged ``experiment``, computes a number or truth value a seed by quantity at one point::
 
     @computation("collapse", grid={"depth": [5, 10], "width": [2, 4]}, seeds=range(500))
     def collapse(seeds, *, depth, width):

@@ -18,10 +18,7 @@ FEW = 5
 
 
 def base_seed() -> int:
-    """Return the seed that all draws of a notebook start from: ``RELUBOOK_SEED``, by default 0.
-
-    ValueError if the variable is not a whole number of 0 or more.
-    """
+    """Return the notebooks' seed, ``RELUBOOK_SEED`` or 0; ValueError unless whole and >= 0."""
     wanted = os.environ.get("RELUBOOK_SEED", "0")
     if not wanted.isdecimal():
         raise ValueError(f"RELUBOOK_SEED must be a whole number of 0 or more, not {wanted!r}")

@@ -1,7 +1,4 @@
-"""The layers of many networks side by side, each member with numbers of its own.
-
-Inputs and outputs have the shape (members, batch, features).
-"""
+"""The layers of many networks side by side: inputs and outputs are (members, batch, features)."""
 
 import copy
 import hashlib
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALL_MAP = 16
-"""With so many weights at most, plain arithmetic with members last in memory beats ``bmm``."""
+"""Largest linear map, in weights, for which plain arithmetic, members last, beats ``bmm``."""
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -124,10 +121,7 @@ class StackedRReLU(Drawing):
 
 
 class StackedModule(nn.Module):
-    """Modules of any one kind, run side by side by ``torch.func.vmap``.
-
-    ``module`` has the members first in every parameter and buffer; it does not run by itself.
-    """
+    """Modules of one kind by ``torch.func.vmap``; ``module`` holds them all, members first."""
 
     def __init__(self, each: Sequence[nn.Module]):
         super().__init__()

@@ -5,8 +5,6 @@
 >>> stack = stack_of(lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), seeds=5)
 >>> [tuple(post.shape) for pre, post in stack.hidden(torch.randn(4, 3))]
 [(5, 4, 8)]
->>> stack.member(2)[0]
-Linear(in_features=3, out_features=8, bias=True)
 """
 
 import contextlib

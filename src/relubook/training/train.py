@@ -1,14 +1,12 @@
 """Train many networks at once with any optimizer of torch, each member as if it were alone.
 
->>> from relubook.training.recipe import Recipe
 >>> x = torch.linspace(-1, 1, 64)[:, None]
 >>> stack = Recipe(1, 2, 1, hidden=9).stack(50)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.01)
 >>> run = train(stack, x, x.abs(), steps=20, lr=0.001, optimizer=torch.optim.SGD)  # goes on
 
-The members' losses are added up, so that a member's gradient is what it would be alone. ``jobs=``
-trains ranges of members apart, by joblib; inside ``joblib.parallel_config(backend="dask")`` or
-``"ray"`` the same call runs on a cluster.
+Losses are added up, so that a member's gradient is what it would be alone. ``jobs=`` trains ranges
+apart, by joblib: inside ``joblib.parallel_config(backend="dask")`` or ``"ray"`` on a cluster.
 """
 
 import contextlib
@@ -61,13 +59,11 @@ def train(
 
     Args:
         stack: From ``recipe.stack(seeds)`` or ``stack_of(build, seeds)``; changed in place.
-        x: Inputs, shape (n, ...), shared, or (members, n, ...).
-        y: Labels or targets, shape (n, ...), shared, or (members, n, ...).
+        x, y: Inputs, and labels or targets, shape (n, ...), shared, or (members, n, ...).
         steps: Number of optimizer steps.
         lr: One learning rate, or one a member; :func:`relubook.training.run.crossed` makes grids.
-        optimizer: A class of ``torch.optim`` or its name, or a function that makes one from
-            parameter groups; a fresh one on each call. Those that mix the numbers of a tensor
-            (Adafactor, Muon, your own) get the members one by one.
+        optimizer: A class of ``torch.optim`` or its name, or a function that makes one from groups,
+            fresh on each call. Those that mix a tensor's numbers (Muon) get members one by one.
         loss: A loss of torch (``F.huber_loss``, ``nn.L1Loss()``, ``"mse_loss"``) or any function
             of one network's outputs and targets that returns their mean loss. By default
             cross-entropy for integer y, else the mean squared error.

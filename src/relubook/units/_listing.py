@@ -37,8 +37,7 @@ class SiteListing(Generic[S]):
     def filter(self, keep: str | Callable[[S], Any]) -> Self:
         """Return a listing of the sites that a name, a pattern or a function of the site fits.
 
-        ``report.filter("encoder.*").filter(lambda site: site.dead.any())`` keeps what fits both.
-        KeyError if a name or pattern fits no site.
+        KeyError if a name or pattern, such as ``"encoder.*"``, fits none.
         """
         fits = keep if callable(keep) else lambda site: fnmatchcase(site.name, keep)
         sites = [site for site in self.sites if fits(site)]
@@ -101,7 +100,6 @@ class UnitListing(SiteListing[S]):
         return rows
 
     def _remarks(self) -> list[str]:
-        """Return what must not be overlooked in the table."""
         remarks = [
             f"DEAD LAYER: all {self[name].units} units of {name} are dead: "
             "the network is constant behind it (save for paths around it)."
@@ -126,10 +124,7 @@ class UnitListing(SiteListing[S]):
 
 
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """Return the lines of a table, given its header and rows, with a rule below the header.
-
-    So many of its first columns as ``words`` says are set flush left; the others hold numbers.
-    """
+    """Return the lines of a table of a header and rows; ``words`` columns are flush left."""
     aligned = [
         f"{'<' if column < words else '>'}{max(map(len, cells))}"
         for column, cells in enumerate(zip(*rows, strict=True))

@@ -114,13 +114,11 @@ class Audit(SiteFinder):
             self._outputs.clear()
 
     def attach(self) -> None:
-        """Register the hooks, those of all places too."""
         super().attach()
         for place in [(name, output) for name in self.modules for output in (False, True)]:
             self._handles.append(self.hook(place, partial(self._see, place)))
 
     def hook(self, place: Place, function: Callable[..., None]) -> Any:
-        """Register a hook at a place, and return its handle."""
         module = self.modules[place[0]]
         register = module.register_forward_hook if place[1] else module.register_forward_pre_hook
         return register(function)
@@ -146,7 +144,6 @@ class Audit(SiteFinder):
             self._find(site, x, x._version)
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
-        """Keep an output that alone tells whether the site is silent."""
         if site.kind.level == -math.inf:
             self._outputs.append((site, out, out._version))
 

@@ -160,8 +160,7 @@ def diagnose(
     ``x.relu_()``, ``clamp(min=0)``, ``threshold``, ``torch.maximum(x, 0)``, ReLU6, hardtanh with a
     lower limit of 0, hardswish, hardsigmoid, hardshrink, softshrink; also inside ``nn.RNN``,
     ``nn.TransformerEncoderLayer``, ``autograd.Function``, and scripted, checkpointed and compiled
-    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` cannot be told from other: name
-    the module or function that computes it in ``activations``.
+    parts (which run eagerly). Arithmetic such as ``x * (x > 0)`` is found by ``activations`` only.
 
     A site is one place in the code fed by one layer, whose calls count as positions: those in a
     loop, such as the time steps of a cell, and those of a shared module that holds both layer and
@@ -186,9 +185,8 @@ def diagnose(
             as hold NaN or infinity on purpose.
         count: ``count(batch)`` returns the number of independent inputs in a batch. Default: the
             size along ``batch_dim`` on which the tensors of the batch agree, save those of size 1.
-        family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (GELU, SiLU,
-            softplus). They have no silent region; their units may be *dormant*, and ``fired``
-            counts positive pre-activations.
+        family: ``"rectifiers"``, or ``"all"`` to list leaky and smooth functions too (GELU, SiLU).
+            Those are never silent, but may be *dormant*; ``fired`` counts inputs above 0.
         unit_dim: The dimension of units, for all sites, or by a site's name (with or without
             ``#k``) or pattern, such as ``"decoder.*"``; there, ``None`` leaves a site out.
         batch_dim: Dimension of the inputs along which they are batched.
@@ -210,16 +208,14 @@ def diagnose(
             was called, nor maxout; if ``unit_dim`` names no site or no dimension, ``activations``
             no rule or what was not called; or if a parameter has no values yet.
         RuntimeError: If ``activations`` names a function, and a profiler runs.
-        AmbiguousUnitsError: If nothing tells along which dimension the units lie at any site; a
-            note of the report names some such sites.
+        AmbiguousUnitsError: If the units can be told at no site; the report notes it of some.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     >>> report = diagnose(model, [torch.randn(8, 3) for _ in range(10)])
     >>> report["1"].fired.shape, report["1"].inputs
     (torch.Size([4]), 80)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    inner = unwrapped(model)
     if family not in ("rectifiers", "all"):
         raise ValueError(f"family must be 'rectifiers' or 'all', not {family!r}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -227,7 +223,6 @@ def diagnose(
             raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
     options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
     counter = _Counter(model, smooth=family == "all", activations=activations, **options)
-    inner = unwrapped(model)
     call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     device = devices.pop() if len(devices) == 1 else None

@@ -1,9 +1,8 @@
 """Find the layers that read a layer's units, by numbers that go along with the units' outputs.
 
 Each unit of each linear layer and convolution has a number, negative before its rectifier and
-positive behind it. Operators that move elements move their numbers, and what acts on each unit
-alone keeps them. Where anything else gets a numbered tensor, the way of these units ends; where a
-layer does, the number in an input column names the unit that it reads there.
+positive behind it. Operators that move elements move their numbers, what acts on each unit alone
+keeps them, and with anything else the units' way ends; a layer reads them in its input columns.
 """
 
 import re
@@ -86,10 +85,7 @@ class Way:
 def find_readers(
     model: nn.Module, sites: Sequence[Any], batch: Any, chosen: Mapping[str, Tensor]
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Say for every site of a report how to repair its chosen units, or by its name why not.
-
-    ValueError if a site names a layer that the model does not have.
-    """
+    """Say of each site how to repair its chosen units, or why not; ValueError for lost layers."""
     ill = [site for site in sites if bool(chosen[site.name].any())]
     smooth = any(not site.silences for site in ill)
     tracer, training = Tracer(model, smooth=smooth), Tracer(model, smooth=smooth)
@@ -358,7 +354,6 @@ class Tracer(SiteFinder):
         return sink
 
     def _check(self, name: str, kinds: tuple[type, ...]) -> Any:
-        """Return a module that can be repaired."""
         module = self._modules[name]
         if not is_plain(module, kinds):
             kind = type(module).__name__

@@ -64,8 +64,7 @@ class SiteReport:
         unit_dim: The dimension of the rectifier's input along which units lie. A tuple where a
             view spread them over several (attention heads): units are then counted row by row.
         fired: ``int64``: on how many observations the unit was not silent.
-        fired_inputs: ``int64``: on how many inputs it fired at one position at least. ``None``
-            where the inputs cannot be told apart at the site.
+        fired_inputs: ``int64``: on how many inputs it fired; ``None`` where these cannot be told.
         peak: Largest pre-activation.
         nonfinite: ``bool``: some pre-activation was NaN or infinite, which is no silence.
         magnitude: ``float64``: sum of its absolute outputs; ``None`` unless ``family="all"``.
@@ -173,10 +172,7 @@ class SiteReport:
 
     @property
     def upper_bound(self) -> Tensor:
-        """95% upper bound on the rate of each unit that never fired, ``float64``; else NaN.
-
-        It counts inputs, not positions: see :func:`silence_bound`.
-        """
+        """95% bound (:func:`silence_bound`) on rates that were 0: ``float64``; else NaN."""
         bound = torch.full((self.units,), silence_bound(self.inputs), dtype=torch.float64)
         return bound.masked_fill(~(self.dead | self.never_wins), torch.nan)
 
@@ -214,17 +210,14 @@ class Report(UnitListing[SiteReport]):
     example: Any = None
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all but ``example`` to a file, for :meth:`load`.
-
-        OSError if that fails, as on a full disk; an older file then stays as it was.
-        """
+        """Write all but ``example``, for :meth:`load`; OSError if that fails, old files stay."""
         kept = {"sites": [vars(site) for site in self.sites], "example": None}
         torch.save({"relubook report": VERSION, **vars(self), **kept}, file := io.BytesIO())
         write_whole(Path(path), file.getvalue())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Report":
-        """Read what :meth:`save` wrote. That executes nothing, whoever wrote the file.
+        """Read what :meth:`save` wrote, and execute nothing, whoever wrote the file.
 
         OSError if it cannot be read; ValueError if it holds no report, or one of a newer version.
         """
@@ -285,24 +278,20 @@ class Report(UnitListing[SiteReport]):
         fired_inputs, peak, upper_bound, score`` (NaN where it was not asked for) and ``at_risk``.
         """
         pandas = require("pandas", "tables of results")
-        names = ("kind", "producer", "fired", "observations", "rate", "inputs", "fired_inputs")
+        names = ("fired", "observations", "rate", "inputs", "fired_inputs", "peak", "upper_bound")
         frames = []
         for site in self.sites:
-            cells = {name: getattr(site, name) for name in (*names, "peak", "upper_bound", "score")}
-            cells["at_risk"] = site.at_risk
+            cells: Any = {"site": site.name, "kind": site.kind, "producer": site.producer}
+            states = [STATES[state] for state in site.state.tolist()]
+            cells |= {"unit": range(site.units), "state": states}
+            cells |= {name: getattr(site, name) for name in (*names, "score", "at_risk")}
             frame = pandas.DataFrame(tree_map_only(Tensor, Tensor.tolist, cells))
-            frame.insert(0, "site", site.name)
-            frame.insert(3, "unit", range(site.units))
-            frame.insert(4, "state", [STATES[state] for state in site.state.tolist()])
             frames.append(frame.astype({"fired_inputs": float, "score": float}))
         return pandas.concat(frames, ignore_index=True)
 
     def plot(self, axes: Any = None) -> Any:
         """Draw a bar per site, split by its units' states, on axes or a new figure; return that."""
-        if axes is None:
-            size = (5.2, 1.3 + 0.3 * len(self.sites))
-            pyplot = require("matplotlib.pyplot", "figures")
-            axes = pyplot.subplots(figsize=size, layout="constrained")[1]
+        axes = axes or _axes(figsize=(5.2, 1.3 + 0.3 * len(self.sites)))
         counts = torch.tensor([list(site.counts().values()) for site in self.sites])
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         left = shares.cumsum(1) - shares
@@ -321,8 +310,7 @@ class Report(UnitListing[SiteReport]):
 
     def plot_density(self, axes: Any = None) -> Any:
         """Draw histograms of log10 of the rates of the units that fired; return their figure."""
-        pyplot = require("matplotlib.pyplot", "figures")
-        axes = pyplot.subplots(layout="constrained")[1] if axes is None else axes
+        axes = axes or _axes()
         low = -math.log10(max(1, *(site.observations for site in self.sites)))
         for site in self.sites:
             rates = site.rate[site.fired > 0].log10().tolist()
@@ -393,6 +381,10 @@ class ReportDiff:
         found += [f"appeared: {', '.join(self.appeared)}"] * bool(self.appeared)
         found += [f"disappeared: {', '.join(self.disappeared)}"] * bool(self.disappeared)
         return "\n".join([*plain_table(rows), *found])
+
+
+def _axes(**options: Any) -> Any:
+    return require("matplotlib.pyplot", "figures").subplots(layout="constrained", **options)[1]
 
 
 def _checked(report: Report) -> Report:

@@ -1,8 +1,7 @@
 """Bring dead units back to life without changing what the network computes.
 
-A dead unit contributes nothing and receives no gradient, so no gradient method can repair it.
-:func:`revive_` gives it fresh incoming weights, so that it fires again, and cuts its outgoing
-weights to zero, so that nobody notices until they have learned what to do with it:
+A dead unit receives no gradient, so none can repair it. :func:`revive_` gives it fresh incoming
+weights, so that it fires again, and outgoing weights of 0, so that nobody notices at first:
 
 >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(256, 4)
 >>> _ = model[0].bias.data[:3].fill_(-100.0)
@@ -133,8 +132,7 @@ def revive_(
     on the incoming ones too. The optimizer's running averages become 0 in the changed entries, but
     second moments of outgoing weights the mean over the tensor's other entries; other state returns
     to its start, and Adam's step count stays. With second moments of 0, Adam's updates rise from
-    3.2 to 6.6 times the learning rate (RMSprop: 10 times): incoming weights learn soon by that,
-    outgoing ones would disturb the function.
+    3.2 to 6.6 times the rate (RMSprop: 10): good for incoming weights, too much for outgoing ones.
 
     Args:
         model: The model. Its mode, hooks and gradients stay; the passes run its hooks.
@@ -238,7 +236,6 @@ class _Repair:
             turned(layer, changed)[at.to(tensor.device)] = entries
 
     def cut(self) -> None:
-        """Set the outgoing weights to zero."""
         for sink in self.plan.sinks:
             module, columns = sink.module, sink.columns
             if not isinstance(module, TRANSPOSED):
@@ -256,7 +253,6 @@ class _Repair:
             self.write(module, module.weight, columns, 0.0, cut=True)
 
     def draw(self, init: Callable[..., Any], generator: torch.Generator) -> None:
-        """Draw the incoming weights."""
         layer, units = self.plan.layer, self.plan.units
         exact = torch.promote_types(layer.weight.dtype, torch.float32)
         shape = (len(units), *turned(layer, layer.weight).shape[1:])
@@ -292,7 +288,6 @@ class _Repair:
 
 
 def _reset_state(optimizer: Any, fresh: dict[Tensor, Tensor], undo: ExitStack) -> None:
-    """Let an optimizer's state of the marked entries start anew too."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     for parameter in fresh.keys() & groups.keys():
         for key, value in optimizer.state.get(parameter, {}).items():

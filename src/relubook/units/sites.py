@@ -1,8 +1,7 @@
 """Find every rectifier that a forward pass calls, and the units and inputs at each.
 
-A dispatch mode sees each operator that runs below autograd, so it does not matter how the
-rectifier was written: a module, a function, a method, in place, inside a scripted or a
-checkpointed part.
+A dispatch mode sees each operator that runs below autograd, so it does not matter how a rectifier
+was written: a module, a function, a method, in place, inside a scripted or a checkpointed part.
 """
 
 import fnmatch
@@ -46,9 +45,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run forward passes of a model and leave no trace, whatever happens inside.
 
-    Turns off gradients, autocast's cache, the fused path of ``nn.TransformerEncoderLayer`` and
-    ``torch.compile``; restores these, each module's training flag, all buffers, and the random
-    state of Python, NumPy (if imported), torch, and the accelerators in use.
+    Turns off gradients, autocast's cache, ``nn.TransformerEncoderLayer``'s fused path and compiled
+    code; restores these, training flags, buffers, and random states, also of accelerators in use.
     """
     numpy: Any = sys.modules.get("numpy")
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -253,7 +251,6 @@ class SiteFinder(TorchDispatchMode):
         self.notes[text] = None
 
     def _mark(self, value: Any, data: bool) -> None:
-        """Tag the tensors that no operator has tagged."""
         numbers, dim = self._numbers, self.batch_dim
         for x in tensors_in(value):
             if numbers.of(x) is None:

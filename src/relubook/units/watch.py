@@ -291,7 +291,6 @@ class Watch:
         return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Audit the model, and hook its sites."""
         audit = Audit(self._model, **self._options)
         audit.run(self._model, self._batch_size(args, kwargs), args, kwargs)
         self.notes = list(audit.notes)
@@ -337,7 +336,6 @@ class Watch:
             warnings.warn(f"Watch: hooks cannot follow {', '.join(new)}: {why}", stacklevel=2)
 
     def _merge(self) -> None:
-        """Merge the peaks and the numbers of inputs of all processes."""
         for site in self._sites.values():
             site.peak[site.peak.isnan()] = torch.inf
         peaks = {name: (site.level, site.peak.cpu()) for name, site in self._sites.items()}
