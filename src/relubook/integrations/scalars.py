@@ -1,6 +1,5 @@
 """Send the numbers of a report to TensorBoard or Weights & Biases, through their own writers."""
 
-from itertools import takewhile
 from typing import Any
 
 from relubook.units.report import UnitListing
@@ -17,8 +16,7 @@ def scalars(report: UnitListing[Any]) -> dict[str, float]:
     """
     numbers = {"units/dead_fraction": report.dead_fraction}
     if isinstance(report, WatchReport):
-        last = takewhile(lambda event: event.until == report.step, reversed(report.history))
-        kinds = [event.kind for event in last]
+        kinds = [event.kind for event in report.history if event.until == report.step]
         numbers |= {f"units/{kind}s": float(kinds.count(kind)) for kind in ("death", "revival")}
     sites = [site for site in report if site.silences and site.units]
     shares = {f"units/dead_fraction/{s.name}": int(s.dead.sum()) / s.units for s in sites}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-RAW = "no layer came before it"
-"""Why the units of the network's own input are unknown."""
+RAW = "no layer came before it"  # why the units of the network's own input are unknown
 
 
 def words(text: str) -> frozenset[str]:
@@ -45,8 +44,7 @@ _FROZEN = ("weight", "bias", "running_mean", "running_var")
 FrozenBatchNorm = told_by(lambda x: all(name in getattr(x, "_buffers", ()) for name in _FROZEN))
 CHANNELED = (nn.modules.batchnorm._NormBase, nn.GroupNorm, FrozenBatchNorm)
 WHOLE = (nn.Linear, nn.modules.conv._ConvNd, *CHANNELED, nn.LayerNorm, nn.Embedding)
-LAYERS = (*WHOLE, nn.RNNBase, nn.RMSNorm)
-"""Modules whose output has units of its own."""
+LAYERS = (*WHOLE, nn.RNNBase, nn.RMSNorm)  # modules whose output has units of its own
 
 
 def numbered(shape: Sequence[int], *dims: int) -> Tensor:

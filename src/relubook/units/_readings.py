@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_map_only
 from relubook.units._kinds import Site, by_unit
 from relubook.units.sites import SiteFinder
 
-Place = tuple[str, bool]
-"""The input of a module, by its name, or (if true) its output."""
+Place = tuple[str, bool]  # the input of a module, by its name, or (if true) its output
 
 
 @dataclass(eq=False)

@@ -18,8 +18,7 @@ from relubook.units.sites import AmbiguousUnitsError, Site, SiteFinder, tensors_
 __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_bound"]
 
 FORWARD = "forward=lambda model, batch: ..."
-EXACT = 2**24
-"""Up to here ``float32`` counts exactly. It does so several times faster than integers."""
+EXACT = 2**24  # up to here float32 counts exactly, and several times faster than integers
 
 
 @dataclass
@@ -49,9 +48,7 @@ class _Counter(SiteFinder):
             self.counts[site.key] = self._fresh(site, x)
         count = self.counts[site.key]
         count.calls += 1
-        if site.key not in self._now:
-            self._now[site.key] = _Pass(site.data)
-        now = self._now[site.key]
+        now = self._now.setdefault(site.key, _Pass(site.data))
         now.seen += x.numel() // site.units
         low = site.per_unit(x, "amin")
         count.peak = torch.maximum(count.peak, site.per_unit(x, "amax"))

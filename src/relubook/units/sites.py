@@ -90,11 +90,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists, mappings and plain objects that hold some."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple | set):
-        for item in value:
+    elif isinstance(value, list | tuple | set | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
     elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         for item in vars(value).values():
             if isinstance(item, Tensor | list | tuple | Mapping):
