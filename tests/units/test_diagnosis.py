@@ -440,17 +440,33 @@ def test_channels_last():
 
 
 def test_packed_sequences_count_each_sequence_once():
-    rnn = nn.RNN(3, 4, nonlinearity="relu")
-    lengths = [5, 3, 1]
+    class Packs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.RNN(3, 4, nonlinearity="relu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])[0]
+
+    model, lengths = Packs(), [5, 3, 1]
+    x = torch.randn(3, 5, 3)
+    site = diagnose(model, [x]).sites[0]
+    output = model(x)
+    assert (site.name, site.inputs, site.observations) == ("rnn.l0", 3, 9)
+    assert site.fired.tolist() == (output > 0).sum((0, 1)).tolist()
+    assert site.fired_inputs.tolist() == (output > 0).any(0).sum(0).tolist()
+
+
+def test_of_packed_input_the_sequences_are_unknown():
+    rnn, lengths = nn.RNN(3, 4, nonlinearity="relu"), [5, 3, 1]
     packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in lengths])
     with pytest.raises(TypeError, match="the input is a PackedSequence.*pass forward="):
         diagnose(rnn, [packed])
     report = diagnose(rnn, [packed], forward=lambda rnn, x: rnn(x), count=lambda _: len(lengths))
-    site = report.sites[0]
     output = nn.utils.rnn.pad_packed_sequence(rnn(packed)[0])[0]
-    assert (site.name, site.inputs, site.observations) == ("l0", 3, 9)
-    assert site.fired.tolist() == (output > 0).sum((0, 1)).tolist()
-    assert site.fired_inputs.tolist() == (output > 0).any(0).sum(0).tolist()
+    assert report[0].fired.tolist() == (output > 0).sum((0, 1)).tolist()
+    assert (report[0].inputs, report[0].fired_inputs) == (3, None)
 
 
 @pytest.mark.slow

@@ -202,16 +202,14 @@ class Numbering:
             return self.tags.get(tensor)
         key = id(tensor), self.running
         if key not in self._weights:
-            self._weights[key] = self._weight(self.owners[id(tensor)][1])
+            owners = self.owners[id(tensor)][1]
+            inside = [pair for pair in owners if f"{pair[0]}.".startswith(f"{self.running}.")]
+            name, own = inside[0] if inside else owners[0]
+            name = self.running if inside and self.running else name
+            whole = isinstance(self.modules[name], (*WHOLE, nn.RNNCellBase))
+            layer = Layer(name, (name,) if whole else (name, own))
+            self._weights[key] = Tag(weight=True, layer=layer)
         return self._weights[key]
-
-    def _weight(self, owners: list[tuple[str, str]]) -> Tag:
-        """Return the tag of a parameter that is used in the running module."""
-        inside = [pair for pair in owners if f"{pair[0]}.".startswith(f"{self.running}.")]
-        name, own = inside[0] if inside else owners[0]
-        name = self.running if inside and self.running else name
-        whole = isinstance(self.modules[name], (*WHOLE, nn.RNNCellBase))
-        return Tag(weight=True, layer=Layer(name, (name,) if whole else (name, own)))
 
     def renewed(self, tag: Tag, units: Tensor | None, dim: int, layer: Layer) -> Tag:
         """Return the tag of the output of a layer that numbers its units."""

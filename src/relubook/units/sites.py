@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from relubook.layers.maxout import maxout
@@ -239,10 +238,6 @@ class SiteFinder(TorchDispatchMode):
         self.batch_size = batch_size
         self._stack.clear()
         self._numbers.clear()
-        if isinstance(inputs, PackedSequence):
-            rows = torch.cat([torch.arange(size) for size in inputs.batch_sizes.tolist()])
-            rows = rows.view(-1, *[1] * (inputs.data.ndim - 1)).expand(inputs.data.shape)
-            self._numbers.tags[inputs.data] = Tag(inputs=rows)
         self._mark(inputs, True)
 
     def _note(self, text: str) -> None:
