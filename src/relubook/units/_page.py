@@ -11,11 +11,8 @@ HEAD = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 def page(report: Report, title: str) -> str:
     """Return a report's table, then each site, with a bar for its dead share, to unfold."""
-    lines = [
-        HEAD.substitute(title=escape(title)),
-        '<div tabindex="0" role="region" aria-label="Sites">',
-    ]
-    lines += [report._repr_html_(), "</div><h2>Units, and a bar for the share that is dead</h2>"]
+    lines = [HEAD.substitute(title=escape(title)), report._repr_html_()]
+    lines.append("</div><h2>Units, and a bar for the share that is dead</h2>")
     for site in report:
         bar = f"background: linear-gradient(90deg, currentcolor {site.dead_fraction:.2%}, #8883 0)"
         head = f'<summary>{escape(repr(site))}<i style="{bar}"></i></summary>'

@@ -167,8 +167,8 @@ def diagnose(
     have the same; inside ``nn.RNN`` it is like its weights', ``"rnn.l0"``, ``"rnn.l1_reverse"``.
 
     *Units* are the channels of a convolution, whose positions count as observations, and the
-    features of a linear layer, whatever the leading dimensions. They are followed from there through
-    views, permutations, sums and the like. At a call of :func:`relubook.layers.maxout.maxout` they
+    features of a linear layer, whatever the leading dimensions, followed from there through views,
+    permutations, sums and the like. At a call of :func:`relubook.layers.maxout.maxout` they
     are pieces, and what counts is where each *wins*; see :class:`relubook.units.report.SiteReport`.
 
     Args:
