@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from operator import methodcaller
 from typing import Any, Literal
 
@@ -316,7 +317,7 @@ def _finite(x: Tensor) -> bool:
         x = x.coalesce().values() if x.is_sparse else x.values()
     if x.is_meta or not x.is_floating_point():
         return not x.is_meta
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())  # a sum may overflow
+    return isfinite(float(x.sum())) or bool(x.isfinite().all())  # a sum may overflow
 
 
 def unclear(sites: Mapping[str, str]) -> str:
