@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relubook.units._site import by_unit
+from relubook.units._kinds import by_unit
 from relubook.units.diagnosis import AmbiguousUnitsError, diagnose
 from relubook.units.watch import Event, Watch
 

@@ -47,7 +47,6 @@ class MemberData:
         one = loss_function(loss, y)
         target = self.y.shape[1 + self.own_y :]
         if not y.is_floating_point() and of_kind(one, LABELS):
-            # As torch has it, classes come first among the dimensions of one output.
             if target != out.shape[3:]:
                 shapes = f"{tuple(out.shape[3:])}, one for each vector of outputs, not {(*target,)}"
                 raise ValueError(f"{kind}y must have labels of shape {shapes}")

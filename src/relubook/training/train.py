@@ -195,8 +195,6 @@ def _marks(record: int | Iterable[int] | None, steps: int) -> set[int]:
 
 
 class _Trainer:
-    """What changes while a stack is trained, and what is measured on the way."""
-
     def __init__(self, stack: Stack, numbers: Numbers, data: MemberData, check: Any, bar: Any):
         self.stack, self.numbers, self.data, self.check = stack, numbers, data, check
         self.bar = bar
@@ -280,7 +278,6 @@ class _Trainer:
 def _train_apart(
     stack: Stack, data: MemberData, check: Any, rates: Tensor, jobs: int, **settings: Any
 ) -> TrainingRun:
-    """Train ranges of members by joblib and put the results into the stack."""
     joblib = require("joblib", "training on several processes")
     calls = []
     for part in seed_ranges(len(stack), jobs):

@@ -32,12 +32,7 @@ CHOICES = words("index index_select gather _pack_padded_sequence")
 PICKS = CHOICES | words(
     "flip roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle cat stack"
 )
-FACTORS = {
-    "mm": ("self", "mat2"),
-    "bmm": ("self", "mat2"),
-    "addmm": ("mat1", "mat2"),
-    "baddbmm": ("batch1", "batch2"),
-}
+PRODUCTS = words("mm bmm addmm baddbmm")
 
 
 def told_by(test: Callable[[Any], bool]) -> Any:
@@ -86,10 +81,7 @@ def along(numbers: Tensor) -> list[int]:
 
 
 def fitted(numbers: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Return the numbers of a result of another shape that was made place by place.
-
-    ``None`` if a dimension along which they vary changed its size, or if dimensions are gone.
-    """
+    """Return the numbers of a result made place by place; ``None`` if they do not fit its shape."""
     if numbers is None or numbers.shape == tuple(shape):
         return numbers
     small = core(numbers)
@@ -123,15 +115,6 @@ def gone(dims: Any, ndim: int) -> list[int]:
     """Return the dimensions that a sum over ``dims`` leaves out; none named means all."""
     named = dims if isinstance(dims, list | tuple) else [dims]
     return [dim % ndim for dim in named if dim is not None] or list(range(ndim))
-
-
-def alike(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two numberings of one shape tell the same elements apart."""
-    if one is other:
-        return True
-    one, other = core(one), core(other)
-    ranks = (numbers.unique(return_inverse=True)[1] for numbers in (one, other))
-    return one.shape == other.shape and torch.equal(*ranks)
 
 
 class Layer(NamedTuple):
@@ -173,7 +156,8 @@ def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
         return Tag(None, inputs, data, "the dimension of its units changed size")
     fits = [pair for pair in fits if along(pair[1])] or fits  # many units before a single one
     latest, units = max(fits, key=lambda pair: pair[0].layer.age)
-    if not all(alike(units, own) for _, own in fits):
+    ranks = [core(own).unique(return_inverse=True)[1] for _, own in fits]
+    if not all(torch.equal(ranks[0], rank) for rank in ranks):  # they tell other elements apart
         return Tag(None, inputs, data, "tensors with units in different dimensions met")
     return Tag(units, inputs, data, "", latest.layer)
 
@@ -243,21 +227,19 @@ class Numbering:
 
     def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
         """Make sure of the tag of a known layer's output, whatever operators it used."""
-        tag = self.tags.get(output)
-        found = self.step(
-            (name, tag, output.shape), lambda: self._layer(name, module, output, tag or Tag())
-        )
-        if found is not None:
-            self.tags[output] = found
+        tag, shape = self.tags.get(output), output.shape
 
-    def _layer(self, name: str, module: nn.Module, output: Tensor, tag: Tag) -> Tag | None:
-        units, dim = tag.units, tag.layer.dim
-        if units is None:
-            dim = unit_dim(module, output)
-            if isinstance(module, nn.Linear) and output.shape[-1] != module.out_features:
-                return None
-            units = numbered(output.shape, dim)
-        return self.renewed(tag, units, dim, Layer(name, (name,)))
+        def layer() -> Tag | None:
+            old = tag or Tag()
+            units, dim = old.units, old.layer.dim
+            if units is None:
+                if isinstance(module, nn.Linear) and shape[-1] != module.out_features:
+                    return tag
+                dim = unit_dim(module, output)
+                units = numbered(shape, dim)
+            return self.renewed(old, units, dim, Layer(name, (name,)))
+
+        self.tags[output] = self.step((name, tag, shape), layer)
 
     def propagate(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
         """Tag the results ``out`` of an operator, given its arguments by name."""
@@ -319,10 +301,7 @@ class Numbering:
             numbers = self._joined(first, bound.get("dim", 0), which, operator == "cat")
         if numbers is None:
             return None
-        try:
-            out = func(**{name: numbers}, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
-        except (RuntimeError, TypeError, IndexError):  # an operator that takes no integers
-            return None
+        out = func(**{name: numbers}, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
         return out if isinstance(out, list | tuple) else [out]
 
     def _joined(self, given: Any, dim: int, which: str, cat: bool) -> list[Tensor] | None:
@@ -373,11 +352,10 @@ class Numbering:
             return first
         if operator in SHAPES:
             return self._moved_tag(operator, first, *(reshaped(own, shape) for own in first[:2]))
-        if operator in FACTORS:
-            return self._product(operator, bound, shape)
+        if operator in PRODUCTS:
+            return self._product(bound, shape)
         if "convolution" in operator:
-            inputs = summed(first.inputs, range(1, ndim), (shape[0], *[1] * (ndim - 1)))
-            tag = first._replace(inputs=fitted(inputs, shape))
+            tag = first._replace(inputs=summed(first.inputs, range(1, ndim), shape))
             return self.renewed(tag, numbered(shape, 1), 1 - ndim, layer)
         if operator == "embedding":
             inputs = None if first.inputs is None else first.inputs.unsqueeze(-1).expand(shape)
@@ -385,9 +363,9 @@ class Numbering:
         if operator == "copy":
             given = self.of(bound["src"])
             return merged([given if given and not given.weight else first], shape)
-        given, dims = bound.get("self"), bound.get("dim", ())
+        given = bound.get("self")
         if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
-            dims = gone(dims, given.ndim)
+            dims = gone(bound["dim"], given.ndim)
             units, inputs = (summed(own, dims, shape) for own in first[:2])
             reason = first.reason if first.units is None else "its units were summed up"
             return Tag(units, inputs, first.data, reason, first.layer)
@@ -397,18 +375,15 @@ class Numbering:
         keeps = bias or "pool" in operator or "dropout" in operator
         return tag._replace(near=first.near and keeps and tag.units is not None)
 
-    def _product(self, operator: str, bound: Mapping[str, Any], shape: tuple[int, ...]) -> Tag:
+    def _product(self, bound: Mapping[str, Any], shape: tuple[int, ...]) -> Tag:
         """Return the tag of a matrix product; new units lie along the weight's free dimension."""
-        left, right = (bound[name] for name in FACTORS[operator])
+        left, right = [x for x in bound.values() if isinstance(x, Tensor)][-2:]
         factors = []
         for tensor, along_sum, free in ((right, -2, -1), (left, -1, -2)):
             tag = self.of(tensor) or Tag(weight=True)
             if not tag.weight:
-                one = list(tensor.shape)
-                one[along_sum] = 1
-                units, inputs = (
-                    fitted(summed(own, [len(one) + along_sum], one), shape) for own in tag[:2]
-                )
+                dims = [tensor.ndim + along_sum]
+                units, inputs = (summed(own, dims, shape) for own in tag[:2])
                 tag = tag._replace(units=units, inputs=inputs)
             factors.append((tag, tensor, free))
         data = [tag for tag, _, _ in factors if not tag.weight]
@@ -418,8 +393,8 @@ class Numbering:
         for own, tensor, free in factors:
             if own.weight:
                 stacked = len(shape) == 3 and tensor.shape[0] > 1 and tensor.stride(0) != 0
-                dims = (0, free) if stacked else (free,)
-                return self.renewed(tag, numbered(shape, *dims), free, own.layer)
+                units = numbered(shape, 0, free) if stacked else numbered(shape, free)
+                return self.renewed(tag, units, free, own.layer)
         for own in data:
             if own.units is not None:
                 return tag._replace(units=own.units, layer=own.layer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from relubook.units._site import Site, by_unit
+from relubook.units._kinds import Site, by_unit
 from relubook.units.sites import SiteFinder
 
 Place = tuple[str, bool]

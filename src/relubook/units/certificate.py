@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relubook.units._listing import SiteListing, plain_table
-from relubook.units._undisturbed import unwrapped
 from relubook.units.readers import is_plain
+from relubook.units.sites import unwrapped
 
 __all__ = ["Certificate", "CertifiedSite", "certify_dead"]
 

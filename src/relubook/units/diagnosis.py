@@ -17,6 +17,7 @@ from relubook.units.sites import AmbiguousUnitsError, Site, SiteFinder, tensors_
 
 __all__ = ["AmbiguousUnitsError", "Report", "SiteReport", "diagnose", "silence_bound"]
 
+FORWARD = "forward=lambda model, batch: ..."
 EXACT = 2**24
 """Up to here ``float32`` counts exactly. It does so several times faster than integers."""
 
@@ -223,18 +224,15 @@ def diagnose(
     call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     device = devices.pop() if len(devices) == 1 else None
-    inputs = done = 0
-    example = None
+    inputs, done, example = 0, 0, None
     with counter.attached(model):
         for index, batch in enumerate(_batches(data)):
             given = batch if forward is not None else _model_input(batch, index)
             size = _size(batch, given, index, batch_dim, count)
             example = given if forward is None and not done else example
             if forward is None and not all(map(_finite, tensors_in(given))):
-                raise ValueError(
-                    f"batch {index} holds NaN, infinity or a meta tensor; leave it out, or pass "
-                    "forward=lambda model, batch: ... if it is meant"
-                )
+                what = f"batch {index} holds NaN, infinity or a meta tensor"
+                raise ValueError(f"{what}; leave it out, or pass {FORWARD} if it is meant")
             if device is not None:
                 move = methodcaller("to", device)
                 given = move(given) if hasattr(given, "to") else tree_map_only(Tensor, move, given)
@@ -243,10 +241,8 @@ def diagnose(
                 with counter:
                     call(model, given)
             except Exception as error:
-                error.add_note(
-                    f"relubook.diagnose was running the model on batch {index}; "
-                    "forward=lambda model, batch: ... runs it in another way"
-                )
+                what = f"relubook.diagnose was running the model on batch {index}"
+                error.add_note(f"{what}; {FORWARD} runs it in another way")
                 raise
             counter.end()
             inputs, done = inputs + size, done + 1
@@ -265,16 +261,14 @@ def _batches(data: Any) -> Iterable[Any]:
         return [data]
     items = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
     if items or isinstance(data, str) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"data is a {type(data).__name__}, not an iterable of batches; if it is a data set, "
-            "wrap it in a DataLoader"
-        )
+        what = f"data is a {type(data).__name__}, not an iterable of batches"
+        raise TypeError(f"{what}; if it is a data set, wrap it in a DataLoader")
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
         alike = len({(x.ndim, x.dtype) for x in data}) == 1
         if not alike or (isinstance(data, tuple) and len(data) == 2):
+            what = "a list of batches must hold tensors of one dtype and number of dimensions"
             raise TypeError(
-                "data looks like one batch of inputs and targets: wrap it: [(x, y)]; a list of "
-                "batches must hold tensors of one dtype and number of dimensions"
+                f"data looks like one batch of inputs and targets: wrap it: [(x, y)]; {what}"
             )
     return data
 
@@ -285,10 +279,8 @@ def _model_input(batch: Any, index: int) -> Any:
         return given
     if isinstance(given, Mapping):
         return dict(given)
-    raise TypeError(
-        f"batch {index}: the input is a {type(given).__name__}, not a tensor or a mapping of "
-        "keyword arguments; convert it, or pass forward=lambda model, batch: ... to run it"
-    )
+    what = f"batch {index}: the input is a {type(given).__name__}, not a tensor or a mapping of"
+    raise TypeError(f"{what} keyword arguments; convert it, or pass {FORWARD} to run it")
 
 
 def _size(
@@ -302,9 +294,9 @@ def _size(
         sizes = sizes - {1} or sizes  # one row, such as position ids, serves all inputs
         if len(sizes) != 1:
             found = f"sizes {sorted(sizes)}" if sizes else "no tensor"
+            what = f"batch {index}: cannot tell how many inputs it holds ({found} along dimension"
             raise ValueError(
-                f"batch {index}: cannot tell how many inputs it holds ({found} along dimension "
-                f"{batch_dim}); pass count=lambda batch: ... or another batch_dim"
+                f"{what} {batch_dim}); pass count=lambda batch: ... or another batch_dim"
             )
         size = sizes.pop()
     if size < 1:
@@ -324,11 +316,11 @@ def unclear(sites: Mapping[str, str]) -> str:
     """Say of which sites the units cannot be told, why, and what helps."""
     listed = "".join(f"\n  {name!r}: {why}" for name, why in sites.items())
     example = next(iter(sites), "")
-    return (
-        f"cannot tell along which dimension the units lie:{listed}\n"
-        f"Pass unit_dim={{{example!r}: 1}} (a dimension of that shape; None to leave the site out; "
-        "a pattern such as 'decoder.*' for many)"
+    what = (
+        "a dimension of that shape; None to leave the site out; a pattern such as 'decoder.*' for"
     )
+    help = f"Pass unit_dim={{{example!r}: 1}} ({what} many)"
+    return f"cannot tell along which dimension the units lie:{listed}\n{help}"
 
 
 def _notes(counter: _Counter) -> list[str]:
@@ -342,7 +334,7 @@ def _notes(counter: _Counter) -> list[str]:
         raise ValueError(f"activations names {[*counter.uncalled]}, which the model did not call")
     notes = [f"SKIPPED: {unclear(counter.ambiguous)}."] * bool(counter.ambiguous)
     notes += counter.notes
-    if smooth := [f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items()]:
-        listed = ", ".join(smooth)
+    if counter.seen_smooth:
+        listed = ", ".join(f"{kind} ({calls} calls)" for kind, calls in counter.seen_smooth.items())
         notes.append(f"Without a silent region, so listed by family='all' only: {listed}.")
     return notes

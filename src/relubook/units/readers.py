@@ -16,29 +16,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from relubook.units._numbers import (
-    PICKS,
-    SAME,
-    SHAPES,
-    VIEWS,
-    FrozenBatchNorm,
-    core,
-    gone,
-    numbered,
-    reshaped,
-    summed,
-    told_by,
-    unit_dim,
-)
+from relubook.units import _numbers
 from relubook.units.sites import Site, SiteFinder, hook, tensors_in
 
 # GPT-2's linear layer in transformers, with a weight of shape (inputs, outputs).
-Conv1D = told_by(lambda x: type(x).__name__ == "Conv1D" and hasattr(x, "nf"))
+Conv1D = _numbers.told_by(lambda x: type(x).__name__ == "Conv1D" and hasattr(x, "nf"))
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, FrozenBatchNorm)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, _numbers.FrozenBatchNorm)
 NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)
+ALONE = {*_numbers.SAME, "mul", "native_dropout", "constant_pad_nd"}  # act on each unit alone
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
@@ -98,13 +86,13 @@ def find_readers(
     model: nn.Module, sites: Sequence[Any], batch: Any, chosen: Mapping[str, Tensor]
 ) -> tuple[list[Plan], dict[str, str]]:
     """Say of each site how to repair its chosen units, or why not; ValueError for lost layers."""
-    smooth = any(bool(chosen[site.name].any()) and not site.silences for site in sites)
+    ill = [site for site in sites if bool(chosen[site.name].any())]
+    smooth = any(not site.silences for site in ill)
     tracer, training = Tracer(model, smooth=smooth), Tracer(model, smooth=smooth)
     for site in sites:
         if site.producer not in (None, *tracer.ways):
             claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
             raise ValueError(f"{claim}, which the model does not have: diagnose this model")
-    ill = [site for site in sites if bool(chosen[site.name].any())]
     if ill:
         tracer.trace(model, batch)
         try:
@@ -115,11 +103,8 @@ def find_readers(
     for site in ill:
         try:
             plan = tracer.plan(site, chosen[site.name].detach().cpu())
-            try:
-                readers = training.readers(plan.producer, plan.units)
-            except Unpaired:
-                readers = {}
-            if readers != {sink.name: sink.columns.tolist() for sink in plan.sinks}:
+            cut = {sink.name: sink.columns.tolist() for sink in plan.sinks}
+            if training.readers(plan.producer, plan.units) != cut:
                 raise Unpaired("its units go other ways in training than in evaluation mode")
             plans.append(plan)
         except Unpaired as reason:
@@ -186,11 +171,11 @@ class Tracer(SiteFinder):
         self._inside = True
         self.calls[name] += 1
         x = next(tensors_in((args, kwargs)))
-        numbers, dim = self._of.get(x), unit_dim(module, x)
+        numbers, dim = self._of.get(x), _numbers.unit_dim(module, x)
         self.made_by[name] = numbers if isinstance(numbers, str) else "something"
         if not isinstance(numbers, Tensor):
             return
-        columns = core(numbers).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
+        columns = _numbers.core(numbers).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
         whose, last = columns.amin(1), columns.amax(1)
         if isinstance(module, LAYERS):
             self._end(columns[whose != last], f"{name!r} together with others")
@@ -205,12 +190,12 @@ class Tracer(SiteFinder):
     def _leave(self, name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         self._inside = False
         if isinstance(module, LAYERS):
-            units = numbered(out.shape, unit_dim(module, out))
+            units = _numbers.numbered(out.shape, _numbers.unit_dim(module, out))
             self._of[out] = -self.ways[name].first - units
         elif (numbers := self._of.get(next(tensors_in((args, kwargs))))) is not None:
             self._of[out] = numbers
             for way in self._ways(numbers):
-                least = out.movedim(unit_dim(module, out), 0).flatten(1).amin(1)
+                least = out.movedim(_numbers.unit_dim(module, out), 0).flatten(1).amin(1)
                 way.norms.append(least.double().cpu())
 
     def _ways(self, numbers: Any) -> list[Way]:
@@ -218,12 +203,12 @@ class Tracer(SiteFinder):
         if not isinstance(numbers, Tensor):
             return []
         ways = [Way(0), *self.ways.values()]
-        return [ways[k] for k in (core(numbers).abs() // LAYER).unique().tolist()]
+        return [ways[k] for k in (_numbers.core(numbers).abs() // LAYER).unique().tolist()]
 
     def _end(self, numbers: Any, what: str) -> None:
         """Note that units go where they may mix with others."""
         for way in self._ways(numbers):
-            way.ends.append((core(numbers).unique(), what))
+            way.ends.append((_numbers.core(numbers).unique(), what))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         """Take note that the operator under way is a rectifier."""
@@ -249,46 +234,46 @@ class Tracer(SiteFinder):
             what, words = "a sum (a residual connection)", []
         elif running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
-        results, kept = list(tensors_in(out)), list[Any]([None])
-        if known and results:
-            kept = self._kept(operator, func, bound, known, rectifies, results[0].shape)
-        if kept == [None]:
+        results = list(tensors_in(out))
+        kept = self._kept(operator, func, bound, known, rectifies, results)
+        if not kept:
             kept = words or [what]
             for x in known:
                 self._end(self._of[x], what)
         for k, result in enumerate(results):
-            numbers = kept[k % len(kept)]  # pooling returns indices too
+            numbers: Any = kept[k % len(kept)]  # pooling returns indices too
             flips = rectifies and isinstance(numbers, Tensor)
             self._of[result] = numbers.abs() if flips else numbers
 
     def _kept(
-        self, operator: str, func: Any, bound: Any, known: list[Tensor], rectifies: bool, shape: Any
-    ) -> list[Tensor | None]:
-        """Return the numbers of an operator's results; ``[None]`` if it may mix units."""
+        self, operator: str, func: Any, bound: Any, known: list[Tensor], flips: bool, results: Any
+    ) -> list[Any]:
+        """Return the numbers of an operator's results; none if it may mix units."""
+        if not (known and results):
+            return []
+        shape = results[0].shape
         (name, first), *others = bound.items()
-        if operator in VIEWS or operator in PICKS:
+        if operator in _numbers.VIEWS or operator in _numbers.PICKS:
             if any(isinstance(self._of.get(x), Tensor) for x in tensors_in(others)):
-                return [None]  # the units choose what is picked
+                return []  # the units choose what is picked
             moved = {name: tree_map_only(Tensor, self._numbers_of, first)}
             out = func(**moved, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
             return list(tensors_in(out))
-        if operator in SHAPES:
-            return [reshaped(self._of[first], shape)]
+        if operator in _numbers.SHAPES:
+            return [_numbers.reshaped(self._of[first], shape)]
         dims = list[int]()
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
             dims = list(range(first.ndim - int(spatial[1]), first.ndim))
         elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
-            dims = gone(bound["dim"], first.ndim)
-        elif rectifies or operator in {*SAME, "mul", "native_dropout", "constant_pad_nd"}:
-            pass
-        elif torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all()):
-            if any(self._is_data(x) for x in tensors_in(bound) if not any(x is k for k in known)):
-                return [None]
-        else:
-            return [None]
-        fits = [x for own in known if (x := summed(self._of[own], dims, shape)) is not None]
-        same = len(fits) == len(known) and all(torch.equal(x, fits[0]) for x in fits)
-        return [fits[0] if same else None]
+            dims = _numbers.gone(bound["dim"], first.ndim)
+        elif not flips and operator not in ALONE:
+            others = [x for x in tensors_in(bound) if not isinstance(self._of.get(x), Tensor)]
+            fired = torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all())
+            if not fired or any(map(self._is_data, others)):
+                return []
+        fits: list[Any] = [_numbers.summed(self._of[own], dims, shape) for own in known]
+        same = all(x is not None and torch.equal(x, fits[0]) for x in fits)
+        return fits[:1] if same else []
 
     def _is_data(self, x: Tensor) -> bool:
         tag = self._numbers.of(x)
@@ -325,7 +310,7 @@ class Tracer(SiteFinder):
         layer, units = self._check(name, REPAIRED), chosen.nonzero().flatten()
         if (uses := len(self.ways[name].sites)) != 1:
             raise Unpaired(f"{name!r} feeds {uses} sites that can be followed, not 1")
-        outputs, dim = len(turned(layer, layer.weight)), unit_dim(layer, chosen)
+        outputs, dim = len(turned(layer, layer.weight)), _numbers.unit_dim(layer, chosen)
         if outputs != len(chosen) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(chosen)} units lie along dimension {site.unit_dim}"
             raise Unpaired(f"{where}, which is not that of the {outputs} outputs of {name!r}")
@@ -361,7 +346,10 @@ class Tracer(SiteFinder):
             known = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), *norms])
             gaps = sink.constant[columns, None] - known
             even &= gaps.abs().amin(1) <= 1e-6 * sink.constant[columns].abs()
-            if not bool(even.all()) or _is_uneven(module):
+            convolves = isinstance(module, nn.modules.conv._ConvNd)
+            pads = convolves and any(module._reversed_padding_repeated_twice)
+            uneven = convolves and (module.transposed or (pads and module.padding_mode == "zeros"))
+            if uneven or not bool(even.all()):
                 raise Unpaired(f"{where}, nor the same constant everywhere")
         return sink
 
@@ -377,11 +365,3 @@ class Tracer(SiteFinder):
         if self.calls[name] != 1:
             raise Unpaired(f"{name!r} is called {self.calls[name]} times")
         return module
-
-
-def _is_uneven(module: Any) -> bool:
-    """Whether a layer does not sum a constant input to the same value everywhere."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return False
-    pads = module.padding != "valid" and (module.padding == "same" or any(module.padding))
-    return module.transposed or (module.padding_mode == "zeros" and pads)

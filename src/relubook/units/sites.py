@@ -6,10 +6,11 @@ was written: a module, a function, a method, in place, inside a scripted or a ch
 
 import fnmatch
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from traceback import walk_stack
 from types import CodeType, FrameType
@@ -21,15 +22,64 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from relubook.layers.maxout import maxout
-from relubook.units._kinds import PIECE, Activations, Kind, classify, is_zero, own_kinds
+from relubook.units._kinds import PIECE, Activations, Kind, Site, is_zero, kind_of, own_kinds, place
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, numbered
-from relubook.units._site import Site, placed
-from relubook.units._undisturbed import undisturbed, unwrapped
-
-__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "undisturbed", "unwrapped"]
 
 Dims = int | Mapping[str, int | None] | None
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``'s and data-parallel wrappers; else TypeError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run forward passes of a model and leave no trace, whatever happens inside.
+
+    Turns off gradients, autocast's cache, ``nn.TransformerEncoderLayer``'s fused path and compiled
+    code; restores these, training flags, buffers, and random states, also of accelerators in use.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else ()))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing is slow
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        rnns = [module for module in model.modules() if isinstance(module, nn.RNN)]
+        if cuda and any(module.nonlinearity == "relu" for module in rnns):
+            # cuDNN's fused kernel hides the rectifier
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(torch.no_grad())
+        stack.callback(random.setstate, random.getstate())
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if torch.backends.mps.is_available():
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        for module in model.modules():
+            # A frozen scripted module has no flag; a scripted one's buffers can only be written to.
+            if hasattr(module, "training"):
+                stack.callback(setattr, module, "training", module.training)
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            held: Any = dict(module.named_buffers(recurse=False)) if scripted else module._buffers
+            for name, buffer in held.items():
+                if buffer is not None:
+                    stack.callback(buffer.copy_, buffer.clone())
+                stack.callback(held.__setitem__, name, buffer)
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        yield
 
 
 class AmbiguousUnitsError(ValueError):
@@ -165,10 +215,7 @@ class SiteFinder(TorchDispatchMode):
                     module.register_forward_hook(leave, always_call=True),
                 ]
             except (RuntimeError, TypeError):  # part of a scripted module
-                parent = self._modules.get(name.rpartition(".")[0])
-                if not name or not isinstance(parent, type(module)):
-                    what = f"{name or 'the model'} is scripted: its rectifiers carry the name of "
-                    self._note(f"{what}what calls it, not those of its parts")
+                self._note("rectifiers in scripted parts carry the name of what calls these")
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -276,8 +323,7 @@ class SiteFinder(TorchDispatchMode):
         if rectifies and not found:
             self._note(f"NOT SEEN: {name} was called, but its rectifier is in a fused operator")
         if recurrent:
-            output = output[0] if isinstance(output, tuple) else output
-            output = output.data if isinstance(output, PackedSequence) else output
+            output = next(tensors_in(output))
         if not isinstance(output, Tensor) or not output.ndim:
             return
         if recurrent or (isinstance(module, LAYERS) and not found):
@@ -298,8 +344,7 @@ class SiteFinder(TorchDispatchMode):
             name = name if name.endswith("__") else name.removesuffix("_")
             names = [argument.name for argument in schema.arguments]
             implicit = torch._C._dispatch_has_kernel_for_dispatch_key
-            composite = implicit(func.name(), "CompositeImplicitAutograd")
-            self._operators[func] = name, names, composite
+            self._operators[func] = name, names, implicit(func.name(), "CompositeImplicitAutograd")
         operator, names, composite = self._operators[func]
         if composite:  # torch takes it apart before, save in inference mode
             with self:
@@ -308,7 +353,7 @@ class SiteFinder(TorchDispatchMode):
                 return out
         bound = dict(zip(names, args, strict=False)) | kwargs
         sought = "" if self._own else operator  # what runs inside an own activation is part of it
-        site, kind = None, classify(sought, bound)
+        site, kind = None, kind_of(sought, bound)
         if kind is not None:
             x, other = bound["self"], bound.get("other")
             if other is not None and not is_zero(other):
@@ -383,7 +428,7 @@ class SiteFinder(TorchDispatchMode):
             return None
         if inputs is None and (self.batch_size == 1 or not tag.data):
             inputs = numbered(x.shape)
-        placing = placed(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
+        placing = place(units, tag.layer.dim if dim is None else dim % x.ndim - x.ndim)
         if (size := self._sizes.setdefault(key, placing[0])) != placing[0]:
             what = f"it had {size} units before and has {placing[0]} now"
             self._unplaced[key] = f"shape {tuple(x.shape)}: {what}"
