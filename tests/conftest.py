@@ -1,6 +1,7 @@
 """What several test modules share: the repository's folders and the book's own tools."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,21 @@ def _one_thread_and_restored_randomness():
     before = torch.random.get_rng_state()
     yield
     torch.random.set_rng_state(before)
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Run a function of a rank, and more, in two processes that talk on loopback."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+    def run(function, *arguments, seconds=240):
+        both = torch.multiprocessing.spawn(function, arguments, nprocs=2, join=False)
+        end = time.monotonic() + seconds
+        while not both.join(timeout=1):
+            if time.monotonic() > end:
+                for process in both.processes:
+                    process.kill()
+                pytest.fail(f"two processes were not done after {seconds} seconds")
+
+    return run

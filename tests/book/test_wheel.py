@@ -98,7 +98,11 @@ def test_the_wheel_is_small_and_holds_what_it_should(wheel):
         about = Parser().parsestr(archive.read(metadata).decode())
     package = {path for path in (ROOT / "src").rglob("*.*") if path.suffix in (".py", ".pyi")}
     assert {path.relative_to(ROOT / "src").as_posix() for path in package} <= names
-    assert {"relubook/py.typed", "relubook/evidence/claims.toml"} <= names
+    assert {
+        "relubook/py.typed",
+        "relubook/evidence/claims.toml",
+        "relubook/units/_page.html",
+    } <= names
     assert {name.split("/")[0] for name in names} == {"relubook", metadata.split("/")[0]}
     assert {f"relubook/_results/{name}.json" for name in RESULTS} <= names
     assert [line for line in about.get_all("Requires-Dist") if "extra" not in line] == [

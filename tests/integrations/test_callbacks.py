@@ -9,7 +9,6 @@ import warnings
 import pandas
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from relubook.integrations import callbacks
@@ -240,11 +239,11 @@ def _worker(rank, port, path, kind):
 
 
 @pytest.mark.parametrize("kind", ["hugging_face", "lightning"])
-def test_two_processes(tmp_path, kind):
+def test_two_processes(tmp_path, two_processes, kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_worker, (port, str(tmp_path), kind), nprocs=2)
+    two_processes(_worker, port, str(tmp_path), kind)
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     for history, inputs, _ in results:
         assert [(e.until, e.unit, e.kind) for e in history] == [(4, 0, "death"), (6, 0, "revival")]

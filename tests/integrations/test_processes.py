@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 
 from relubook.units.diagnosis import diagnose
@@ -35,8 +34,8 @@ def _worker(rank, path):
 
 
 @pytest.mark.slow
-def test_two_shards_make_one_report(tmp_path):
-    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+def test_two_shards_make_one_report(tmp_path, two_processes):
+    two_processes(_worker, str(tmp_path))
     model, x = example()
     expected = diagnose(model, x)
     for rank in range(2):

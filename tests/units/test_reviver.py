@@ -188,10 +188,9 @@ def one_process(rank, store, results):
 
 
 @pytest.mark.slow
-def test_processes_stay_alike(tmp_path):
+def test_processes_stay_alike(tmp_path, two_processes):
     results = os.fspath(tmp_path / "{}.pt")
-    args = ((tmp_path / "store").as_uri(), results)
-    torch.multiprocessing.spawn(one_process, args, nprocs=2)
+    two_processes(one_process, (tmp_path / "store").as_uri(), results)
     (one, first, units), (other, second, others) = (torch.load(results.format(k)) for k in (0, 1))
     assert units[0][0][:6] == list(range(6))
     assert units == others

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -618,8 +617,8 @@ def _worker(rank: int, path: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_merge_by_their_maximum(tmp_path):
-    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+def test_two_processes_merge_by_their_maximum(tmp_path, two_processes):
+    two_processes(_worker, str(tmp_path))
     reports = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     for report, first in reports:
         # Each of units 0 and 1 fires in one process only; unit 3 in none.

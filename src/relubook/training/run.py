@@ -27,8 +27,7 @@ class TrainingRun:
         dead: Share of the units of each activation that output 0 on the whole training set,
             (R, M, activations). NaN once a member has overflowed.
         died: For each activation the measured step since which a unit has been dead, (M, units),
-            int64: 0 when dead at the start, -1 when it fires at the end; of an overflowed member
-            what was last seen before.
+            int64: 0 if from the start, -1 if it fires at the end; overflowed: as seen before that.
         gradient_norm: Norm of the gradient of the last step before the measurement, over the
             whole network and before clipping, (R, M); NaN at step 0.
         diverged: First measured step with a non-finite loss or parameter, (M,), int64, else -1.

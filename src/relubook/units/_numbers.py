@@ -1,8 +1,8 @@
 """Number units and inputs, and carry the numbers along a forward pass.
 
 Beside each tensor go two of its shape: the number of the unit, and of the input, that each element
-belongs to. What moves elements moves their numbers too; a layer with weights numbers its units
-anew. They are expanded from a few numbers (with stride 0), and so cost next to nothing.
+belongs to, expanded from a few (with stride 0), which costs next to nothing. What moves elements
+moves their numbers too; a layer with weights numbers its units anew.
 """
 
 import math

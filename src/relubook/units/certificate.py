@@ -90,9 +90,8 @@ def certify_dead(model: nn.Module, low: float | Tensor, high: float | Tensor) ->
     behind it, since how units depend on each other is ignored. They hold for what the model itself
     computes: they are evaluated in float64 and widened by the a-priori error of a sum of n products
     in any order, n u / (1 - n u) times the sum of the absolute products (Higham, Accuracy and
-    Stability of Numerical Algorithms, chapter 3), for the u of the model's coarsest parameters,
-    2^-24 in float32. Not covered are transformed convolutions (Winograd, FFT), TF32, autocast and a
-    lowered matmul precision.
+    Stability of Numerical Algorithms, chapter 3), for the u of the coarsest parameters, 2^-24 in
+    float32. Not covered: transformed convolutions (Winograd, FFT), TF32, autocast, lower precision.
 
     Args:
         model: An ``nn.Sequential`` (nested ones too) or one layer. Up to the last rectifier it may
@@ -175,7 +174,6 @@ class _Box(NamedTuple):
 
     @property
     def size(self) -> Tensor:
-        """Largest absolute value."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
 

@@ -166,11 +166,9 @@ def diagnose(
     have the same; inside ``nn.RNN`` it is like its weights', ``"rnn.l0"``, ``"rnn.l1_reverse"``.
 
     *Units* are the channels of a convolution, whose positions count as observations, and the
-    features of a linear layer, whatever the leading dimensions. They are followed from the layer
-    that produced them through views, permutations, sums and the like.
-
-    A call of :func:`relubook.layers.maxout.maxout` is a site of kind ``"maxout piece"``: it tells
-    on how many inputs each piece *wins*. One that *never wins* is wasted, but no dead unit.
+    features of a linear layer, whatever the leading dimensions, followed from there through views,
+    permutations, sums and the like. At a call of :func:`relubook.layers.maxout.maxout` they
+    are pieces, and what counts is where each *wins*; see :class:`relubook.units.report.SiteReport`.
 
     Args:
         model: Any module. It runs without gradients, in training or evaluation mode as it is.

@@ -158,7 +158,12 @@ def revive_(
     batch = getattr(report, "example", None) if batch is None else batch
     if batch is None:
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
-    optimizers, chosen = listed(optimizer), _chosen(report, tau)
+    optimizers, chosen = listed(optimizer), {site.name: site.dead for site in report.sites}
+    if tau is not None:
+        scores = {site.name: site.score for site in report.sites if site.score is not None}
+        if not tau >= 0 or not scores:
+            raise ValueError(f"tau={tau} must be a score from 0 on, of diagnose(..., family='all')")
+        chosen |= {name: chosen[name] | (score <= tau) for name, score in scores.items()}
     plans, reasons = find_readers(model, report.sites, batch, chosen)
     held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if p not in held}
@@ -196,16 +201,6 @@ def revive_(
     idle = [site.name for site in report.sites if getattr(site, "never_wins", torch.zeros(1)).any()]
     left += [Left(name, 0, _IDLE) for name in idle]
     return Revival(tuple(changes), tuple(left))
-
-
-def _chosen(report: Any, tau: float | None) -> dict[str, Tensor]:
-    chosen = {site.name: site.dead for site in report.sites}
-    if tau is not None:
-        scores = {site.name: site.score for site in report.sites if site.score is not None}
-        if not tau >= 0 or not scores:
-            raise ValueError(f"tau={tau} must be a score from 0 on, of diagnose(..., family='all')")
-        chosen |= {name: chosen[name] | (score <= tau) for name, score in scores.items()}
-    return chosen
 
 
 def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> list[Tensor]:
