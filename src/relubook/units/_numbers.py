@@ -313,10 +313,8 @@ class Numbering:
         if cat and which == "units" and not any(map(along, known)):  # of one unit each
             joined = all(tag.layer.dim == dim - known[0].ndim for tag in tags)
         if not joined:  # what has no numbers, such as a class token, gets those of the others
-            told = [
-                fitted(known[0], piece.shape) if own is None else own
-                for own, piece in zip(told, pieces, strict=True)
-            ]
+            pairs = zip(told, pieces, strict=True)
+            told = [fitted(known[0], x.shape) if own is None else own for own, x in pairs]
         if any(own is None for own in told):
             return None
         start = 0
@@ -326,9 +324,7 @@ class Numbering:
                 start += int(core(own).max()) + 1
         return told
 
-    def _moved_tag(
-        self, operator: str, first: Tag, units: Tensor | None, inputs: Tensor | None
-    ) -> Tag:
+    def _moved_tag(self, operator: str, first: Tag, units: Any, inputs: Any) -> Tag:
         if units is None:
             known = first.units is not None or first.weight
             reason = f"its units were lost in {operator}" if known else first.reason

@@ -78,8 +78,7 @@ class Way:
     before: str | None = None  # the norm in front of its rectifier
     norms: list[Tensor] = field(default_factory=list)  # what those behind it gave, least by channel
     sites: set[Any] = field(default_factory=set)  # the keys of its rectifiers
-    # Numbers of units, and what gets them that is no layer, in words.
-    ends: list[tuple[Tensor, str]] = field(default_factory=list)
+    ends: list[tuple[Tensor, str]] = field(default_factory=list)  # units, and who gets them
 
 
 def find_readers(
