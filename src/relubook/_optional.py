@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str, purpose: str, extra: str = "figures") -> ModuleType:
+def require(module: str, purpose: str) -> ModuleType:
     """Return a module by its dotted name; if it is missing, ImportError names the extra.
 
     The purpose completes the words "needs it for".
@@ -15,6 +15,6 @@ def require(module: str, purpose: str, extra: str = "figures") -> ModuleType:
         missing = error.name or module
         raise ImportError(
             f"relubook needs {missing!r} for {purpose}, and it is not installed: "
-            f'pip install "relubook[{extra}]"',
+            'pip install "relubook[figures]"',
             name=missing,
         ) from error
