@@ -101,10 +101,7 @@ RULES: dict[str, Callable[[str], Kind]] = {"silent where 0": by_output, "never s
 
 
 def own_kinds(activations: Activations, modules: Mapping[str, nn.Module]) -> Calls:
-    """Return the key and the kind of each module, by name, and function, by code, that are named.
-
-    TypeError for a key that nothing can be told by, ValueError for an unknown rule.
-    """
+    """Return the key and the kind of each module, by name, and function, by code; or raise."""
     if not isinstance(activations, Mapping | None):
         raise TypeError(f"activations must be a mapping, not a {type(activations).__name__}")
     found: Calls = {}

@@ -161,10 +161,7 @@ def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
 
 
 class Numbering:
-    """The tags of the tensors of a forward pass through a model's modules, given by name.
-
-    They are found once: as long as a pass does what the one before did, it gets the same tags.
-    """
+    """The tags of a pass's tensors; a pass that does what the last one did gets the same tags."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
