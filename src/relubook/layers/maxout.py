@@ -104,8 +104,9 @@ class MaxoutConv2d(nn.Module):
     Args:
         in_channels, out_channels, pieces: Channels of an image, maxout channels and pieces of each,
             all at least 1; ValueError otherwise.
+        kernel_size: As for ``nn.Conv2d``.
         initializer, generator: As for :class:`Maxout`, with its source.
-        kernel_size, **options: As for ``nn.Conv2d``, such as ``padding="same"``.
+        **options: What else ``nn.Conv2d`` takes, such as ``padding="same"``.
     """
 
     def __init__(

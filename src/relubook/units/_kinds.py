@@ -201,10 +201,7 @@ def by_unit(x: Tensor, dim: int, reduce: Callable[..., Tensor] = torch.amax) -> 
 
 
 def place(units: Tensor, hint: int) -> tuple[int, tuple[int, ...], Tensor | None]:
-    """Return a site's ``units, dims, order`` for the numbers of the units of its input.
-
-    Where the numbers cannot tell, ``hint`` is the dimension of the only unit, from the end.
-    """
+    """Return ``units, dims, order`` of numbers; ``hint``: the dimension where they cannot tell."""
     small = core(units)
     dims = tuple(along(small))
     if not dims:

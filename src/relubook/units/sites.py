@@ -24,6 +24,8 @@ from relubook.layers.maxout import maxout
 from relubook.units._kinds import PIECE, Activations, Kind, Site, is_zero, kind_of, own_kinds, place
 from relubook.units._numbers import LAYERS, RAW, Numbering, Tag, numbered
 
+__all__ = ["AmbiguousUnitsError", "Site", "SiteFinder", "undisturbed", "unwrapped"]
+
 Dims = int | Mapping[str, int | None] | None
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 
