@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import shutil
 
 import pytest
 import torch
@@ -351,29 +350,3 @@ def test_the_page_stands_alone(tmp_path):
     assert f"<li>dead: {', '.join(map(str, range(40)))}" in text
     assert f"linear-gradient(90deg, currentcolor {report['1'].dead_fraction:.2%}" in text
     assert report._repr_html_() in text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_accessible_without_javascript(tmp_path, scheme):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    _, path = made(tmp_path)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        requests = []
-        options = {"color_scheme": scheme, "viewport": {"width": 375, "height": 700}}
-        visit = browser.new_page(**options)
-        visit.on("request", lambda request: requests.append(request.url))
-        visit.goto(path.as_uri())
-        assert requests == [path.as_uri()]
-        assert axe.Axe().run(visit).response["violations"] == []
-        assert visit.evaluate("document.documentElement.scrollWidth") == 375
-        plain = browser.new_page(java_script_enabled=False, **options)
-        plain.goto(path.as_uri())
-        plain.click("summary >> nth=0")
-        assert plain.locator("details[open] li").count() > 1
-        browser.close()
