@@ -32,3 +32,4 @@ def test_recipe_runs(recipe, tmp_path, monkeypatch):
 
 def test_every_heading_has_its_recipe():
     assert all(len(section.split()) > 20 for section in SECTIONS)
+    assert all(blocks(section) for section in SECTIONS)
