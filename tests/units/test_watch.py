@@ -28,6 +28,7 @@ def bytes_a_unit(watch):
     """Return the bytes held for each unit, without the history."""
     report = watch.compute()
     held = sum(s.peak.nbytes + s.dead.nbytes for s in (*watch._sites.values(), *report))
+    held += sum(latest.nbytes for _, latest in watch._peaks.rows)
     return held / sum(site.units for site in report)
 
 
@@ -582,6 +583,39 @@ def test_by_unit_of_convolutions(shape):
         kept = [d for d in range(len(shape)) if d != 1]
         assert torch.equal(by_unit(y, 1 - len(shape)), y.amax(kept))
     assert rest
+
+
+def test_passes_of_other_kinds_are_read_into_the_same_window():
+    """The usual pass has a way of its own; every other must meet it in the window's peaks."""
+    torch.manual_seed(0)
+    model = mlp(5, 6, 6, 1)
+    seen: list[Tensor] = []
+    model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().float()))
+
+    def fail(*_: Any) -> None:
+        raise ValueError("in the middle of a pass")
+
+    with Watch(model, window=8) as watch:
+        model(torch.randn(4, 5))
+        seen.clear()  # the audit's and the first pass's, which was read twice
+        watch._sites["1"].peak.fill_(-torch.inf)
+        watch._sites["1"].latest.fill_(-torch.inf)
+        model(10 * torch.randn(4, 5))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(20 * torch.randn(4, 5))
+        model(torch.randn(9, 5))
+        model(torch.randn(2, 3, 5))
+        model(torch.randn(0, 5))
+        handle = model[2].register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="in the middle"):
+            model(30 * torch.randn(9, 5))
+        handle.remove()
+        while watch.step < 8:
+            model(torch.randn(9, 5))
+    peaks = [x.flatten(0, -2).amax(0) for x in seen if x.numel()]
+    assert len(seen) == 8 - 1 + 1  # all steps but the first, and the pass that failed
+    assert torch.equal(watch.compute().sites[0].peak, torch.stack(peaks).amax(0))
+    assert watch.unfollowed == []
 
 
 @sum_is_left_out

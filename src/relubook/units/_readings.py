@@ -3,13 +3,14 @@
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, amax, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
 from relubook.units._kinds import Site, by_unit
@@ -28,9 +29,33 @@ class Followed:
     name: str = ""
     # For each place that feeds it, and each call there (from 1) that does, the dimension of the
     # units in the tensor, counted from the end.
-    ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    ways: dict[Place, dict[float, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False  # whether a call was fed from where no hook sees it
     fires: Callable[[Tensor, Tensor], Tensor] | None = None  # if its output is read, not its input
+    latest: Tensor | None = None  # (units,): peaks of the last pass, which ``Peaks`` merges
+
+
+class Peaks:
+    """Peaks of all sites side by side, so that one call merges what a pass read."""
+
+    def __init__(self, sites: Iterable[Followed]) -> None:
+        self.rows: list[Sequence[Tensor]] = []  # for each device: peaks, and the latest
+        alike = defaultdict[Any, list[Followed]](list)
+        for site in sites:
+            if site.peak.dtype == torch.float32:
+                alike[site.peak.device].append(site)
+        for group in alike.values():
+            peaks = torch.cat([site.peak for site in group])
+            latest = torch.full_like(peaks, -torch.inf)
+            sizes = [len(site.peak) for site in group]
+            for site, *views in zip(group, peaks.split(sizes), latest.split(sizes), strict=True):
+                site.peak, site.latest = views
+            self.rows.append((peaks, latest))
+
+    def merge(self) -> None:
+        """Take the latest peaks into the window's."""
+        for peaks, latest in self.rows:
+            torch.maximum(peaks, latest, out=peaks)
 
 
 class Hook:
@@ -41,7 +66,7 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         # The wrapper takes longer than this question.
-        (self.eager if torch.compiler.is_compiling() else self.function)(*args)
+        (self.eager if is_compiling() else self.function)(*args)
 
     def __reduce__(self) -> Any:
         # Takes anything, returns None, and loads where this package is not installed.
@@ -56,21 +81,35 @@ class Reader(Hook):
         self.calls, self.units = audit.counts[place], len(site.peak)
         # If all of several calls are the site's, they are a loop, whose length may change.
         self.loop = len(self.ways) == self.calls > 1 and len(set(self.ways.values())) == 1
-        self.count = 0
-        self.strange = False
+        # What a single call a pass reads can wait for the merge of all sites at its end.
+        alone = len(site.ways) == self.calls == 1 and self.ways[1] == -1 and site.fires is None
+        self.latest = site.latest if alone else None
+        self.shape: Any = None  # of the input that was read so last
+        self.count = 0.0  # calls in the pass under way; -inf once one was given something else
         self.handle = audit.hook(place, self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if not self.watch._live or Audit.running:
             return
         self.count += 1
-        way = self.ways.get(1 if self.loop else self.count)
+        x = output[0] if output else args[0] if args else None
+        latest = self.latest
+        if latest is None or not isinstance(x, Tensor) or x.shape != self.shape:
+            self.read(x)
+        elif x.dtype == latest.dtype and self.count == 1:
+            amax(x.detach(), 0, out=latest)
+        else:
+            self.read(x)
+
+    def read(self, x: Any) -> None:
+        """Take into the peaks what a call is given, whatever it is."""
+        way, site = self.ways.get(1 if self.loop else self.count), self.site
         if way is None:
             return
-        x, site = output[0] if output else args[0] if args else None, self.site
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
-            self.strange = True
+            self.count = -math.inf
         elif x.numel():
+            self.shape = x.shape if x.ndim == 2 else None
             x = x.detach()
             if site.fires is not None:
                 x = x.abs() * site.fires(x, x)
@@ -78,7 +117,7 @@ class Reader(Hook):
 
     def usual(self) -> bool:
         """Tell whether the pass called the module as the audit's did, or not at all."""
-        return not self.strange and (self.loop or self.count in (0, self.calls))
+        return self.count in (0, self.calls) or (self.loop and self.count > 0)
 
 
 class Audit(SiteFinder):

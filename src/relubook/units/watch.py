@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from relubook._optional import require
 from relubook.units._kinds import Activations, own_kinds
-from relubook.units._readings import Audit, Followed, Hook, Reader
+from relubook.units._readings import Audit, Followed, Hook, Peaks, Reader
 from relubook.units.diagnosis import unclear
 from relubook.units.report import UnitListing
 from relubook.units.risk import advice, near_cliff
@@ -201,9 +201,11 @@ class Watch:
         own_kinds(activations, {})  # raises what is wrong with it
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._options["activations"] = activations
+        self._batch_dim = batch_dim
         self._handles: list[Any] = []
         self._readers: list[Reader] = []
         self._sites: dict[str, Followed] = {}
+        self._peaks = Peaks([])
         # Since the hooks were registered: the steps before, whether there was an audit, and a pass.
         self._start, self._audited, self._seen = 0, False, False
         self._live, self._inputs = False, 0
@@ -265,10 +267,14 @@ class Watch:
         if not self._live or Audit.running:
             return
         self._live = False
-        odd = [r for r in self._readers if r.count != r.calls or r.strange]
-        strange = [r.site.name for r in odd if not (r.usual() and (self._seen or r.count))]
+        self._peaks.merge()
+        strange = []
         for reader in self._readers:
-            reader.count, reader.strange = 0, False
+            if reader.count != reader.calls and not (
+                reader.usual() and (self._seen or reader.count)
+            ):
+                strange.append(reader.site.name)
+            reader.count = 0
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
         self._seen = True
@@ -285,10 +291,11 @@ class Watch:
             self._close_window()
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        first, dim = args[0] if args else None, self._options["batch_dim"]
+        first, dim = args[0] if args else None, self._batch_dim
         if not isinstance(first, Tensor):
             first = next(tensors_in((args, kwargs)), None)
-        return 1 if first is None or not -first.ndim <= dim < first.ndim else first.shape[dim]
+        shape = () if first is None else first.shape
+        return shape[dim] if -len(shape) <= dim < len(shape) else 1
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         audit = Audit(self._model, **self._options)
@@ -308,6 +315,8 @@ class Watch:
             if old.peak.shape == site.peak.shape:
                 site.peak, site.dead = old.peak, old.dead
             self._sites[site.name] = site
+        self._peaks = Peaks(audit.found.values())
+        for site in audit.found.values():
             for place in site.ways:
                 reader = Reader(self, site, place, audit)
                 self._readers.append(reader)
@@ -354,6 +363,7 @@ class Watch:
 
     @torch.no_grad()
     def _close_window(self) -> None:
+        self._peaks.merge()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._merge()
         first = self.step - self.window + 1
@@ -367,6 +377,8 @@ class Watch:
             site.dead = dead
             states.append(WatchedSite(site.name, dead, peak.float()))
             site.peak.fill_(-torch.inf)
+            if site.latest is not None:
+                site.latest.fill_(-torch.inf)
         self.history = [*self.history, *events]
         unfollowed = list(self.unfollowed)
         self._report = WatchReport(
