@@ -600,7 +600,7 @@ def test_passes_of_other_kinds_are_read_into_the_same_window():
         seen.clear()  # the audit's and the first pass's, which was read twice
         watch._sites["1"].peak.fill_(-torch.inf)
         watch._sites["1"].latest.fill_(-torch.inf)
-        model(10 * torch.randn(4, 5))
+        model(torch.randn(4, 5) + torch.arange(5) * 100)  # the largest, read in the usual way
         with torch.autocast("cpu", torch.bfloat16):
             model(20 * torch.randn(4, 5))
         model(torch.randn(9, 5))
