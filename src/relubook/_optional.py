@@ -1,10 +1,10 @@
-"""Import what only figures, tables and data sets need, or say how to install it."""
+"""Import what only some uses need, or say how to install it."""
 
 import importlib
 from types import ModuleType
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str = "figures") -> ModuleType:
     """Return a module by its dotted name; if it is missing, ImportError names the extra.
 
     The purpose completes the words "needs it for".
@@ -15,6 +15,6 @@ def require(module: str, purpose: str) -> ModuleType:
         missing = error.name or module
         raise ImportError(
             f"relubook needs {missing!r} for {purpose}, and it is not installed: "
-            'pip install "relubook[figures]"',
+            f'pip install "relubook[{extra}]"',
             name=missing,
         ) from error

@@ -64,9 +64,12 @@ class Part:
         """Return the part with its interval at the corrected level, and its verdict."""
         value = self.sample(confidence) if self.sample else self.value
         _, low, high = value
-        few = self.sample is not None and self.n < LEAST_SAMPLES
-        holds, fails = self.low <= low and high <= self.high, high < self.low or low > self.high
-        verdict = "open" if few else "holds" if holds else "fails" if fails else "open"
+        verdict = "open"
+        if self.sample is None or self.n >= LEAST_SAMPLES:
+            if self.low <= low and high <= self.high:
+                verdict = "holds"
+            elif high < self.low or low > self.high:
+                verdict = "fails"
         return replace(self, role=role, value=value, verdict=verdict)
 
     @property
@@ -114,8 +117,9 @@ def part(
     Raises ValueError unless there is one criterion that suits the kind, at least 30 samples, one
     number each, within their bounds, and a stated role for those that are not finite.
     """
-    criteria = {"at least": at_least, "at most": at_most, "between": between, "exactly": equals}
-    given = {k: v for k, v in (criteria | {"holds": holds}).items() if v is not None}
+    criteria: dict[str, Any] = {"at least": at_least, "at most": at_most, "between": between}
+    criteria |= {"exactly": equals, "holds": holds}
+    given = {k: v for k, v in criteria.items() if v is not None}
     if len(given) != 1 or kind not in KINDS:
         raise ValueError(f"{sentence!r} needs one criterion, and a kind of {', '.join(KINDS)}")
     (name, limit), measured = next(iter(given.items())), kind == "measured"
@@ -123,18 +127,25 @@ def part(
         raise ValueError(f"{sentence!r}: a sample has an interval; give a range, or another kind")
     if samples is None and name != "holds":
         raise ValueError(f"{sentence!r} must say what it is judged on")
-    ends: Any = limit if name == "between" else (limit, limit) if name != "holds" else (1, 1)
-    low = -math.inf if name == "at most" else float(ends[0])
-    high = math.inf if name == "at least" else float(ends[1])
+    if name == "holds":
+        low, high = 1.0, 1.0
+    elif name == "between":
+        low, high = map(float, limit)
+    else:
+        low = -math.inf if name == "at most" else float(limit)
+        high = math.inf if name == "at least" else float(limit)
     if not low <= high:
         raise ValueError(f"{sentence!r}: {name} {limit} leaves nothing that could pass")
     if unit is None:
-        unit = "" if within is None or not measured else "%" if within[0] >= 0 else " points"
+        unit = ""
+        if measured and within is not None:
+            unit = "%" if within[0] >= 0 else " points"
     shown = " and ".join(number(v, unit) for v in dict.fromkeys((low, high)) if math.isfinite(v))
     needs = "holds" if name == "holds" else f"needs {name} {shown}{'%' * (unit == '%')}"
     state = functools.partial(Part, sentence, needs, low, high, kind, but, unit)
     if not measured:
-        return state(None, 1, "", (float(bool(limit) if name == "holds" else samples),) * 3)
+        value = float(bool(limit) if name == "holds" else samples)
+        return state(None, 1, "", (value, value, value))
     if callable(samples):
         return state(lambda level: samples(level)[:3], int(samples(0.95)[3]), "")
     if (count := len(require("numpy", "intervals").asarray(samples))) < LEAST_SAMPLES:

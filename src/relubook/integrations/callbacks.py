@@ -1,11 +1,11 @@
 """Watch the units of a model that a trainer of Hugging Face or Lightning trains."""
 
-import importlib
 import sys
 from typing import Any
 
 from torch import nn
 
+from relubook._optional import require
 from relubook.integrations.scalars import check, log_scalars, scalars
 from relubook.units.watch import Watch, WatchReport
 
@@ -23,8 +23,8 @@ def hugging_face_callback(*, writer: Any = None, **options: Any) -> Any:
     """
     if writer is not None:
         check(writer)
-    base = _library("transformers", "hugging-face").TrainerCallback
-    return type("WatchCallback", (_HuggingFace, base), {})(options, writer)
+    transformers = require("transformers", "its callback", "hugging-face")
+    return type("WatchCallback", (_HuggingFace, transformers.TrainerCallback), {})(options, writer)
 
 
 def lightning_callback(module: str = "", **options: Any) -> Any:
@@ -38,15 +38,8 @@ def lightning_callback(module: str = "", **options: Any) -> Any:
     once. ImportError without Lightning.
     """
     homes = [name for name in ("lightning.pytorch", "pytorch_lightning") if name in sys.modules]
-    base = _library((*homes, "pytorch_lightning")[0], "lightning").Callback
-    return type("WatchCallback", (_Lightning, base), {})(options, module)
-
-
-def _library(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{error}: pip install "relubook[{extra}]"', name=error.name) from error
+    lightning = require((*homes, "pytorch_lightning")[0], "its callback", "lightning")
+    return type("WatchCallback", (_Lightning, lightning.Callback), {})(options, module)
 
 
 class _Callback:

@@ -15,6 +15,7 @@ from relubook._files import write_whole
 from relubook._optional import require
 from relubook.units._kinds import PIECE
 from relubook.units._listing import UnitListing, plain_table
+from relubook.units._page import page
 from relubook.units.risk import advice, near_cliff
 
 __all__ = ["RARE", "STATES", "Report", "ReportDiff", "SiteReport", "silence_bound"]
@@ -267,8 +268,6 @@ class Report(UnitListing[SiteReport]):
 
     def write_html(self, path: str | PathLike[str], title: str = "Dead units") -> None:
         """Write a page that stands alone: no script, and nothing to load. OSError as in `save`."""
-        from relubook.units._page import page
-
         write_whole(Path(path), page(self, title))
 
     def to_frame(self) -> Any:
