@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -26,13 +27,14 @@ def _one_thread_and_restored_randomness():
 
 
 @pytest.fixture
-def two_processes(monkeypatch):
-    """Run a function of a rank, and more, in two processes that talk on loopback."""
+def two_processes(monkeypatch, tmp_path):
+    """Run a function of a rank, and more, in a group of two processes that talk on loopback."""
     if sys.platform == "linux":
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
 
     def run(function, *arguments, seconds=240):
-        both = torch.multiprocessing.spawn(function, arguments, nprocs=2, join=False)
+        given = (tmp_path / "store").as_uri(), function, arguments
+        both = torch.multiprocessing.spawn(processes.run, given, nprocs=2, join=False)
         end = time.monotonic() + seconds
         while not both.join(timeout=1):
             if time.monotonic() > end:

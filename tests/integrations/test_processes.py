@@ -18,9 +18,6 @@ def example():
 
 
 def _worker(rank, path):
-    torch.set_num_threads(1)
-    store = f"file://{path}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model, x = example()
     parallel = nn.parallel.DistributedDataParallel(model)
     shard = list(x[rank::2].split(5))
@@ -30,7 +27,6 @@ def _worker(rank, path):
         for batch in shard:
             parallel(batch).sum().backward()
     torch.save((reports[0].merge(reports[1]), watch.compute()), f"{path}/{rank}")
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
