@@ -22,7 +22,7 @@ def _worker(rank, path):
     parallel = nn.parallel.DistributedDataParallel(model)
     shard = list(x[rank::2].split(5))
     reports = [None, None]
-    distributed.all_gather_object(reports, diagnose(model, shard))
+    distributed.all_gather_object(reports, diagnose(parallel, shard))
     with Watch(parallel, window=4) as watch:
         for batch in shard:
             parallel(batch).sum().backward()

@@ -5,6 +5,8 @@ import random
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from relubook.units.diagnosis import AmbiguousUnitsError, Report, diagnose, silence_bound
 from relubook.units.report import STATES
+from relubook.units.revival import revive_
+from relubook.units.watch import Watch
 
 
 class Tapped(nn.Module):
@@ -498,11 +502,40 @@ def test_scripted_and_frozen_models(freeze):
     assert "scripted" in repr(report)
 
 
-def test_data_parallel_is_looked_through():
-    model = Functional()
-    report = diagnose(nn.DataParallel(model), [torch.randn(4, 5)])
-    assert [site.name for site in report] == ["module.relu()#1", "module.relu()#2"]
-    assert report.sites[0].producer == "module.one"
+@pytest.mark.parametrize("forward", [None, lambda model, x: model.train()(x)])
+@pytest.mark.parametrize(
+    "wrapper", ["data parallel", "distributed", pytest.param("compiled", marks=pytest.mark.slow)]
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_wrappers_are_looked_through(wrapper, forward):
+    """Names and numbers are those of the model inside, whichever of both runs."""
+    model, x = Functional().eval(), torch.randn(40, 5)
+    with torch.no_grad():
+        model.one.bias[:2] = -99.0
+    with ExitStack() as stack:
+        if wrapper == "distributed":
+            alone = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=alone, rank=0, world_size=1)
+            stack.callback(torch.distributed.destroy_process_group)
+        wrap = {
+            "data parallel": nn.DataParallel,
+            "distributed": nn.parallel.DistributedDataParallel,
+            "compiled": partial(torch.compile, backend="eager"),
+        }
+        wrapped = wrap[wrapper](model).eval()
+        report = diagnose(wrapped, [x], forward=forward)
+        assert not any(module.training for module in wrapped.modules())
+        with Watch(wrapped.train(), window=1) as watch:
+            wrapped(x).sum().backward()
+        plain = diagnose(model, [x], forward=forward)
+        watched = [(site.name, site.dead.tolist()) for site in watch.compute()]
+        assert [(site.name, site.dead.tolist()) for site in report] == watched
+        assert watched[0][0] == "relu()#1"
+        assert report.to_frame().equals(plain.to_frame())
+        assert [site.producer for site in report] == [site.producer for site in plain]
+        assert revive_(copy.deepcopy(model), report, x).total == 2
+        assert revive_(wrapped, report, x).total == 2
+        assert not diagnose(model, [x])["relu()#1"].dead[:2].any()
 
 
 # Models of a library

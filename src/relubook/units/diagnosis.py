@@ -172,6 +172,7 @@ def diagnose(
 
     Args:
         model: Any module. It runs without gradients, in training or evaluation mode as it is.
+            ``torch.compile``'s and the data-parallel wrappers are looked through, for names too.
         data: Iterable of batches: a tensor; a tuple or list whose first element is the input (a
             tensor, or a mapping of keyword arguments); or a mapping of keyword arguments. A
             single tensor or mapping is one batch. With ``forward``, anything. It is moved to the
@@ -213,11 +214,11 @@ def diagnose(
     inner = unwrapped(model)
     if family not in ("rectifiers", "all"):
         raise ValueError(f"family must be 'rectifiers' or 'all', not {family!r}")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]:
         if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ValueError(f"{name} has no values yet: load the model, or run it on one batch")
     options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
-    counter = _Counter(model, smooth=family == "all", activations=activations, **options)
+    counter = _Counter(inner, smooth=family == "all", activations=activations, **options)
     call = forward or (lambda _, x: inner(**x) if isinstance(x, Mapping) else inner(x))
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     device = devices.pop() if len(devices) == 1 else None
