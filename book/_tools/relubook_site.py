@@ -149,4 +149,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("source-notes", SourceNotes)
     app.add_directive("rooms", Rooms)
     app.add_directive("room", Room)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    safe = {"parallel_read_safe": True, "parallel_write_safe": True}
+    return {"version": "1", "env_version": 1, **safe}

@@ -1,10 +1,17 @@
 // How the search ranks what it finds: chapters first, appendices and evidence, the package last.
-// Sphinx counts a word once a page, so pages that only mention a number tie with those about it.
-const ABOUT = {"0.01": ["book/leaky-family", "book/learning-rate-and-optimizer"]};
+// Of pages that tie those come first that use the words most: the index names them in that order.
 const asked = new URLSearchParams(window.location.search).get("q") || "";
+const use = page => {
+  const {docnames, terms, titleterms} = Search._index, file = docnames.indexOf(page);
+  const shares = [...Search._parseQuery(asked)[1]].map(word => {
+    const pages = [titleterms[word], terms[word]].flat(), place = pages.indexOf(file);
+    return place < 0 ? 0 : 1 - (place + 1) / (pages.length + 1);
+  });
+  return shares.reduce((sum, share) => sum + share / shares.length, 0);
+};
 var Scorer = {
   score: ([page, title, anchor, description, score]) => {
-    if ((ABOUT[asked.trim()] || []).includes(page)) return score + 30;
+    score += use(page);  // less than 1
     if (/^(book\/api|genindex|py-modindex)/.test(page)) return score - 100;
     if (/^book\/(evidence\/|claims|questions|references|last-run)/.test(page)) return score - 5;
     return page === "book/glossary" ? score : score + 10;

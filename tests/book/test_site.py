@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 import pytest
 import replications
 import yaml
+from bs4 import BeautifulSoup
 from visits import PHONE, Visit, violations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,18 +151,32 @@ def test_the_ledger_shows_replications(site):
     ],
 )
 def test_search_finds_chapters_before_the_package(browser, address, words, expected):
+    found = search(browser, address, words)
+    package = [place for place, page in enumerate(found) if page.startswith("book/api")]
+    chapters = [place for place, page in enumerate(found) if page in CHAPTERS]
+    assert chapters
+    assert not package or max(chapters) < min(package)
+    assert expected <= set(found[:12])
+
+
+@pytest.mark.parametrize("number", ["0.001", "0.01", "0.5"])
+def test_search_for_a_number_finds_first_who_uses_it_most(browser, address, site, number):
+    def uses(page):
+        soup = BeautifulSoup((site / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+        return len(re.findall(rf"(?<![\d.]){number}(?!\d)", soup.select_one("article").get_text()))
+
+    assert search(browser, address, number)[0] == max(CHAPTERS, key=uses)
+
+
+def search(browser, address, words):
+    """Return the pages that the search finds, best first."""
     with Visit(browser, address, f"search.html?q={words}") as visit:
         visit.page.wait_for_selector("#search-results p.search-summary:has-text('found')")
         links = visit.page.eval_on_selector_all(
             "#search-results ul.search > li > a", "links => links.map(a => a.pathname.slice(1))"
         )
         assert not visit.errors
-    found = [link.removesuffix(".html") for link in links]
-    package = [place for place, page in enumerate(found) if page.startswith("book/api")]
-    chapters = [place for place, page in enumerate(found) if page in CHAPTERS]
-    assert chapters
-    assert not package or max(chapters) < min(package)
-    assert expected <= set(found[:12])
+    return [link.removesuffix(".html") for link in links]
 
 
 def test_front_address_leads_to_the_landing_page(browser, address):
