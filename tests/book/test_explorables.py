@@ -381,6 +381,25 @@ def test_a_reader_kills_a_unit_and_centering_saves_it_by_keyboard_alone(browser,
         assert not visit.errors
 
 
+@pytest.mark.parametrize("viewport", [DESK, PHONE])
+def test_no_words_touch_an_axis_of_the_plane(browser, address, viewport):
+    touching = """svg => [...svg.querySelectorAll('text:not([opacity="0.00"])')].filter(words => {
+        const box = words.getBBox();
+        return [...svg.querySelectorAll('.rb-axis')].some(axis => {
+            const [x1, x2, y1, y2] = ['x1', 'x2', 'y1', 'y2'].map(name => +axis.getAttribute(name));
+            return box.width && box.x <= x2 && x1 <= box.x + box.width
+                && box.y <= y2 && y1 <= box.y + box.height;
+        });
+    }).map(words => words.textContent)"""
+    with Visit(browser, address, f"{FIRST}.html", viewport=viewport) as visit:
+        figure = visit.page.locator("#explorable-kill-a-unit")
+        plane = figure.locator("svg").nth(1)
+        assert plane.evaluate(touching) == []
+        figure.get_by_label("Center the inputs").check()
+        plane.locator('.rb-safe[opacity="1.00"]').wait_for()
+        assert plane.evaluate(touching) == []
+
+
 @pytest.mark.parametrize(("name", "where"), SHOWN)
 def test_every_control_has_a_name_and_only_the_sentence_speaks_up(browser, address, name, where):
     with Visit(browser, address, f"{where}.html") as visit:

@@ -137,7 +137,7 @@
     // Right: the same unit as a point (w, b).
     const dead = s("polygon", { class: "rb-dead" });
     const deadLabel = text(0, 0, "dead", "rb-dead-label", "middle");
-    const safe = text(PLANE.box.right - 6, 0, "b \u2265 0: cannot be dead", "rb-safe", "end");
+    const safe = text(PLANE.box.right, 0, "b \u2265 0: cannot be dead", "rb-safe", "end");
     const trail = s("polyline", { class: "rb-trail" });
     const jumps = s("g", { class: "rb-jumps" });
     const best = s("path", { class: "rb-best" });
@@ -221,7 +221,7 @@
       rb.set(dead, { points: rb.points([[w0, top(w0)], [0, 0], [w1, top(w1)], [w1, Math.min(b0, top(w1))], [w1, b0 - 9], [w0, b0 - 9]]
         .map(([u, v]) => [PLANE.x(u), PLANE.y(v)])), class: p.leak ? "rb-dead rb-leaky" : "rb-dead" });
       const share = mean / MEAN;
-      rb.set(deadLabel, { x: PLANE.x(-1.75 + 1.05 * share).toFixed(1), y: PLANE.y(-1.55 - 0.1 * share).toFixed(1) });
+      rb.set(deadLabel, { x: PLANE.x(-1.75 + 0.9 * share).toFixed(1), y: PLANE.y(-1.55 - 0.3 * share).toFixed(1) });
       deadLabel.textContent = p.leak ? "below 0 on all points" : "dead on all points";
       rb.set(safe, { y: PLANE.box.top + 12, opacity: share.toFixed(2) });
       const [bw, bb] = fit();
