@@ -1,6 +1,7 @@
 import copy
 import random
 import re
+import types
 from collections import OrderedDict
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from relubook.units.diagnosis import diagnose
+from relubook.units.diagnosis import Report, diagnose
 from relubook.units.revival import Revival, revive_
 
 
@@ -702,19 +703,208 @@ def test_a_constant_that_is_uneven_at_the_border_is_left(behind):
     assert same(before, state_of(model))
 
 
-def test_units_of_an_activation_of_ones_own_are_left():
-    class Jump(nn.Module):
-        def forward(self, x):
-            return x * (x > 0.1)
+ZERO = "silent where 0"
 
-    model, x = chain(Jump(), nn.Linear(4, 4)), randn(64, 4)
-    kill(model.fc, [0, 1])
-    report = diagnose(model, [x], activations={Jump: "silent where 0"})
-    before = state_of(model)
-    revival = revive_(model, report, x)
-    assert [entry.units for entry in revival.left] == [2]
-    assert "'fc' feeds 0 sites that can be followed" in revival.left[0].reason
+
+class Jump(nn.Module):
+    """JumpReLU with a threshold of each unit's own."""
+
+    def __init__(self, threshold=0.1, width=6):
+        super().__init__()
+        self.threshold = nn.Parameter(torch.full((width,), threshold))
+
+    def forward(self, x):
+        return x * (x > self.threshold)
+
+
+class Written(nn.Module):
+    """Works in place, with a rectifier and a view inside."""
+
+    def forward(self, x):
+        x.unflatten(-1, (2, 3)).masked_fill_(x.unflatten(-1, (2, 3)) < 0.1, 0.0)
+        return x.relu_()
+
+
+class Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, level):
+        return torch.where(x > level, x, 0.0)
+
+
+def shrunk(x):
+    return torch.sign(x) * (x.abs() - 0.2).relu()
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+# name: activation, what names it
+OWN = {
+    "module": (Jump, lambda act: Jump),
+    "by name": (Jump, lambda act: "*1"),
+    "in place": (Written, lambda act: act),
+    "function": (lambda: Calls(lambda x: shrunk(x)), lambda act: shrunk),
+    "autograd function": (lambda: Calls(lambda x: Kept.apply(x, 0.1)), lambda act: Kept),
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (16, 5, 4)])
+@pytest.mark.parametrize("name", OWN)
+def test_units_of_own_activations_are_revived(name, shape):
+    build, key = OWN[name]
+    layers = nn.Linear(4, 6), build(), nn.Dropout(), nn.Linear(6, 2)
+    model, x = settle(nn.Sequential(*layers)), randn(*shape)
+    rules = {key(model[1]): ZERO}
+    with torch.no_grad():  # dead: nothing comes in, and the bias is silent
+        model[0].weight[[1, 4]], model[0].bias[[1, 4]] = 0.0, 0.05
+        units = model[1](model[0](x.clone())).flatten(0, -2)
+    assert (units == 0).all(0).tolist() == [False, True, False, False, True, False]
+    report = diagnose(model, [x], activations=rules)
+    assert report[0].dead.tolist() == (units == 0).all(0).tolist()
+    more, before, state = randn(*shape, seed=2), model(x), state_of(model)
+    silent = model[1](model[0](more.clone()))[..., [1, 4]] == 0
+    assert silent.all()
+    later = model(more)
+    revival = revive_(model, report, activations=rules, generator=seeded(1))
+    (change,) = revival.changes
+    assert (change.producer, change.consumers, change.units.tolist()) == ("0", ("3",), [1, 4])
+    assert (revival.total, revival.silent, revival.left) == (2, 0, ())
+    assert torch.equal(model(x), before)
+    assert torch.equal(model(more), later)
+    assert (model[1](model[0](x)).flatten(0, -2) != 0).any(0).all()
+    rows = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
+    assert rows == {"0.weight", "0.bias", "3.weight"}
+    assert torch.equal(model[0].weight[[0, 2, 3, 5]], state["0.weight"][[0, 2, 3, 5]])
+    assert bool((model[3].weight[:, [1, 4]] == 0).all())
+
+
+def test_units_of_own_activations_that_stay_silent_are_counted():
+    model, x, rules = (
+        nn.Sequential(nn.Linear(4, 6), Jump(), nn.Linear(6, 2)),
+        randn(64, 4),
+        {Jump: ZERO},
+    )
+    kill(model[0], [0, 1, 2])
+    with torch.no_grad():
+        model[1].threshold[[1, 2]] = 50.0  # above what fresh weights reach
+    revival = revive_(model, diagnose(model, [x], activations=rules), activations=rules)
+    assert (revival.total, revival.silent) == (3, 2)
+    assert (
+        diagnose(model, [x], activations=rules)[0].dead.tolist()
+        == [False, True, True] + [False] * 3
+    )
+
+
+def test_between_norms_and_in_a_loaded_report_too(tmp_path):
+    layers = (
+        nn.Conv2d(2, 6, 3),
+        nn.BatchNorm2d(6),
+        Calls(shrunk),
+        nn.BatchNorm2d(6),
+        nn.Conv2d(6, 4, 3),
+    )
+    model, x, rules = settle(nn.Sequential(*layers)), randn(*X2), {shrunk: ZERO}
+    model[1].weight.data[2], model[1].bias.data[2] = 0.0, 0.1
+    diagnose(model, [x], activations=rules).save(tmp_path / "report")
+    report, before = Report.load(tmp_path / "report"), model(x)
+    assert report[0].dead.tolist() == [False, False, True, False, False, False]
+    (left,) = revive_(model, report, x).left
+    assert "of your own is followed if activations= names it" in left.reason
+    assert torch.equal(model(x), before)
+    (change,) = revive_(model, report, x, activations=rules).changes
+    assert (change.producer, change.before, change.folded) == ("0", "1", ("4",))
+    torch.testing.assert_close(model(x), before)
+    assert not diagnose(model, [x], activations=rules)[0].dead.any()
+
+
+class TopTwo(nn.Module):
+    """Units compete: one that fires anew takes the place of another."""
+
+    def forward(self, x):
+        top = x.relu().topk(2)
+        return torch.zeros_like(x).scatter_(-1, top.indices, top.values)
+
+
+class OfHalf(nn.Module):
+    def forward(self, x):
+        left, right = x.chunk(2, -1)
+        return (left * (right > 0)).repeat(1, 2)
+
+
+class Leaks(nn.Module):
+    """Its mask is used for other units than its own."""
+
+    def forward(self, x):
+        self.mask = x > 0.1
+        return x * self.mask
+
+
+class UsesMask(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act, self.out, self.side = (
+            nn.Linear(4, 6),
+            Leaks(),
+            *(nn.Linear(6, 2) for _ in "ab"),
+        )
+
+    def forward(self, x):
+        x = self.out(self.act(self.fc(x)))
+        return x + self.side(self.act.mask.to(x.dtype))
+
+
+class BothUsed(UsesMask):
+    def forward(self, x):
+        h = self.fc(x)
+        return self.out(self.act(h) + h)
+
+
+def between(act):
+    layers = OrderedDict(fc=nn.Linear(4, 6), act=act, out=nn.Linear(6, 2))
+    return nn.Sequential(layers)
+
+
+OWN_LEFT = {
+    "top-k": (lambda: between(TopTwo()), r"its units reach 'act' \(TopTwo\)"),
+    "gate": (lambda: between(OfHalf()), r"its units reach 'act' \(OfHalf\)"),
+    "relative": (
+        lambda: between(Calls(lambda x: x * (x > x.mean(-1, keepdim=True)))),
+        r"its units reach 'act'",
+    ),
+    "share": (lambda: between(Calls(lambda x: x * (x.softmax(-1) > 0.1))), "units reach 'act'"),
+    "mask": (UsesMask, "2 places or more, one is 'side'"),
+    "sum": (BothUsed, r"a sum \(a residual"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_LEFT)
+def test_what_mixes_units_of_own_activations_is_left(name):
+    build, reason = OWN_LEFT[name]
+    model, x = settle(build()), randn(64, 4)
+    rules = {type(model.act): ZERO}
+    kill(model.fc, [0, 1, 3, 4])
+    report, before = diagnose(model, [x], activations=rules), state_of(model)
+    assert report["act"].dead.tolist() == [True, True, False] * 2
+    revival = revive_(model, report, activations=rules)
+    assert [entry.units for entry in revival.left] == [4]
+    assert re.search(reason, revival.left[0].reason), revival.left
     assert same(before, state_of(model))
+
+
+@pytest.mark.parametrize("name", ["clone", "flip", "cat", "pad2d", "view"])
+def test_own_functions_with_names_of_operators(name):
+    act = Calls(types.FunctionType(shrunk.__code__.replace(co_name=name), globals(), name))
+    model, x = settle(nn.Sequential(nn.Linear(4, 6), act, nn.Linear(6, 2))), randn(64, 4)
+    rules = {act.function: ZERO}
+    model[0].weight.data[0], model[0].bias.data[0] = 0.0, 0.1
+    report = diagnose(model, [x], activations=rules)
+    assert revive_(model, report, activations=rules).total == 1
 
 
 def test_a_transposed_convolution_is_left():

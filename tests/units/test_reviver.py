@@ -130,6 +130,20 @@ def test_options_go_to_diagnose():
         Reviver(model, None, every=1, unit_dim={"other": 1}).step(x)
 
 
+def test_own_activations_are_known_to_both():
+    class Jump(nn.Module):
+        def forward(self, x):
+            return x * (x > 0.1)
+
+    model, x = nn.Sequential(nn.Linear(4, 6), Jump(), nn.Linear(6, 2)), torch.randn(64, 4)
+    with torch.no_grad():
+        model[0].bias[:2] = -100.0
+    before = model(x)
+    revival = Reviver(model, None, every=1, activations={"1": "silent where 0"}).step(x)
+    assert [(c.site, c.units.tolist(), c.silent) for c in revival.changes] == [("1", [0, 1], 0)]
+    assert torch.equal(model(x), before)
+
+
 def test_bad_input_raises_before_the_first_step():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

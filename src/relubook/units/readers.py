@@ -77,17 +77,16 @@ class Way:
     first: int  # the number of its first unit
     before: str | None = None  # the norm in front of its rectifier
     norms: list[Tensor] = field(default_factory=list)  # what those behind it gave, least by channel
-    sites: set[Any] = field(default_factory=set)  # the keys of its rectifiers
+    fires: dict[Any, Tensor] = field(default_factory=dict)  # by its rectifiers' keys: which units
     ends: list[tuple[Tensor, str]] = field(default_factory=list)  # units, and who gets them
 
 
 def find_readers(
-    model: nn.Module, sites: Sequence[Any], batch: Any, chosen: Mapping[str, Tensor]
+    model: nn.Module, sites: Sequence[Any], batch: Any, chosen: Mapping[str, Tensor], **options: Any
 ) -> tuple[list[Plan], dict[str, str]]:
     """Say of each site how to repair its chosen units, or why not; ValueError for lost layers."""
     ill = [site for site in sites if bool(chosen[site.name].any())]
-    smooth = any(not site.silences for site in ill)
-    tracer, training = Tracer(model, smooth=smooth), Tracer(model, smooth=smooth)
+    tracer, training = Tracer(model, **options), Tracer(model, **options)
     for site in sites:
         if site.producer not in (None, *tracer.ways):
             claim = f"the report's site {site.name!r} names the layer {site.producer!r}"
@@ -210,11 +209,12 @@ class Tracer(SiteFinder):
             way.ends.append((_numbers.core(numbers).unique(), what))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
-        """Take note that the operator under way is a rectifier."""
+        """Take note that the operator under way, or an own activation, is a rectifier."""
         self._rectifies, numbers = True, self._of.get(x)
         self.made_by[site.key[0]] = numbers if isinstance(numbers, str) else "something"
         for way in self._ways(numbers):
-            way.sites.add(site.key)
+            fires = site.per_unit(site.kind.fires(x, out), "amax").cpu()
+            way.fires[site.key] = fires | way.fires.get(site.key, torch.zeros_like(fires))
 
     def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
         """Let the numbers go along with what an operator returns."""
@@ -238,7 +238,7 @@ class Tracer(SiteFinder):
         if not kept:
             kept = words or [what]
             for x in known:
-                self._end(self._of[x], what)
+                self._end(self._of[x].abs() if self._own else self._of[x], what)
         for k, result in enumerate(results):
             numbers: Any = kept[k % len(kept)]  # pooling returns indices too
             flips = rectifies and isinstance(numbers, Tensor)
@@ -267,8 +267,9 @@ class Tracer(SiteFinder):
             dims = _numbers.gone(bound["dim"], first.ndim)
         elif not flips and operator not in ALONE:
             others = [x for x in tensors_in(bound) if not isinstance(self._of.get(x), Tensor)]
-            fired = torch.Tag.pointwise in func.tags and bool((self._of[known[0]] >= 0).all())
-            if not fired or any(map(self._is_data, others)):
+            pointwise = torch.Tag.pointwise in func.tags or operator == "masked_fill"
+            fired = self._own is not None or bool((self._of[known[0]] >= 0).all())
+            if not (pointwise and fired) or any(map(self._is_data, others)):
                 return []
         fits: list[Any] = [_numbers.summed(self._of[own], dims, shape) for own in known]
         same = all(x is not None and torch.equal(x, fits[0]) for x in fits)
@@ -307,8 +308,9 @@ class Tracer(SiteFinder):
                 what = self.made_by[before[0]]
                 raise Unpaired(f"{what} lies between {before[0]!r} and the layers")
         layer, units = self._check(name, REPAIRED), chosen.nonzero().flatten()
-        if (uses := len(self.ways[name].sites)) != 1:
-            raise Unpaired(f"{name!r} feeds {uses} sites that can be followed, not 1")
+        if (uses := len(self.ways[name].fires)) != 1:
+            own = "" if uses else ": an activation of your own is followed if activations= names it"
+            raise Unpaired(f"{name!r} feeds {uses} sites that can be followed, not 1{own}")
         outputs, dim = len(turned(layer, layer.weight)), _numbers.unit_dim(layer, chosen)
         if outputs != len(chosen) or site.unit_dim not in (dim, dim + len(site.shape)):
             where = f"its {len(chosen)} units lie along dimension {site.unit_dim}"

@@ -15,14 +15,15 @@ True
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from relubook.units._kinds import Activations
 from relubook.units._numbers import unit_dim
-from relubook.units.readers import TRANSPOSED, Plan, find_readers, run, turned
+from relubook.units.readers import TRANSPOSED, Plan, Tracer, find_readers, run, turned
 from relubook.units.report import plain_table
 from relubook.units.sites import tensors_in, undisturbed, unwrapped
 
@@ -107,6 +108,7 @@ def revive_(
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     tau: float | None = None,
+    activations: Activations = None,
     generator: torch.Generator | None = None,
     init: Callable[..., Any] = nn.init.kaiming_normal_,
 ) -> Revival:
@@ -142,6 +144,8 @@ def revive_(
         optimizer: The optimizer, or a list of all, whose moments would push the fresh weights on.
         tau: Revive dormant units too: those whose ``score`` in a report of ``family="all"`` is at
             most this (0.025 in the paper). They are not silent, so that the function moves a bit.
+        activations: As given to ``diagnose``, which raises the same. Those that may mix units are
+            left: their operators must act on each number alone (a top-k does not).
         generator: Source of the weights; default: a new one, of the global state, which stays.
         init: Fills a weight ``(units, in, ...)`` in place, called with ``generator=``.
 
@@ -164,7 +168,9 @@ def revive_(
         if not tau >= 0 or not scores:
             raise ValueError(f"tau={tau} must be a score from 0 on, of diagnose(..., family='all')")
         chosen |= {name: chosen[name] | (score <= tau) for name, score in scores.items()}
-    plans, reasons = find_readers(model, report.sites, batch, chosen)
+    smooth = any(not site.silences and bool(chosen[site.name].any()) for site in report.sites)
+    options: dict[str, Any] = {"smooth": smooth, "activations": activations}
+    plans, reasons = find_readers(model, report.sites, batch, chosen, **options)
     held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
     missing = {repr(n) for plan in plans for n, p in plan.parameters() if p not in held}
     if missing and optimizers:
@@ -194,6 +200,12 @@ def revive_(
             folded = tuple(sink.name for sink in plan.sinks if sink.is_folded)
             norm = plan.before[0] if plan.before else None
             changes.append(Change(plan.site, plan.producer, plan.units, norm, cut, folded, silent))
+        if changes and activations:  # an own activation may be silent above 0
+            tracer = Tracer(model, **options)
+            tracer.trace(model, batch)
+            for k, change in enumerate(changes):
+                for fires in tracer.ways[change.producer].fires.values():
+                    changes[k] = replace(change, silent=int((~fires[change.units]).sum()))
         for one in optimizers:
             _reset_state(one, fresh, undo)
         undo.pop_all()

@@ -63,6 +63,7 @@ class Reviver:
         inspect.signature(diagnose).bind(model, [], **options)
         self._repair: dict[str, Any] = {"optimizer": listed(optimizer), "generator": generator}
         self._repair["tau"] = tau if what == "dormant" else None
+        self._repair["activations"] = options.get("activations")
         self.every, self.steps, self.history = every, 0, list[tuple[int, Revival]]()
 
     def step(self, batch: Any) -> Revival | None:

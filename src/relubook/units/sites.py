@@ -300,6 +300,7 @@ class SiteFinder(TorchDispatchMode):
             if site is not None:
                 self.before(site, x)
                 self.observe(site, x, out)
+                self.passed("", None, {"self": x}, out)
             if whole:
                 further = self._numbers.step((given,), lambda: given._replace(near=False))
                 self._numbers.tags[out] = further
