@@ -109,10 +109,11 @@ def summed(numbers: Tensor | None, dims: Sequence[int], shape: Sequence[int]) ->
     return fitted(small.squeeze(tuple(dims)) if len(shape) < small.ndim else small, shape)
 
 
-def gone(dims: Any, ndim: int) -> list[int]:
-    """Return the dimensions that a sum over ``dims`` leaves out; none named means all."""
-    named = dims if isinstance(dims, list | tuple) else [dims]
-    return [dim % ndim for dim in named if dim is not None] or list(range(ndim))
+def shared(numbers: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor | None:
+    """Return the numbers of a result on which all that are known agree; ``None`` without any."""
+    told = [own for one in numbers if (own := fitted(one, shape)) is not None]
+    same = told and all(torch.equal(core(told[0]), core(own)) for own in told[1:])
+    return told[0] if same else None
 
 
 class Layer(NamedTuple):
@@ -129,11 +130,13 @@ class Tag(NamedTuple):
 
     units: Tensor | None = None  # the number of the unit of each element, if known
     inputs: Tensor | None = None  # the number of the input of each element, if known
+    whose: Tensor | None = None  # the one unit of all that a Tracer knows each element to be of
     data: bool = True  # whether it depends on the model's inputs
     reason: str = RAW  # why the units are unknown
     layer: Layer = Layer(None)  # what numbered its units
     near: bool = False  # whether nothing but shape operations, pooling or dropout came since
     weight: bool = False  # whether it was computed from parameters only, those of ``layer``
+    lost: str = ""  # what a Tracer lost ``whose`` to
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -141,23 +144,22 @@ class Tag(NamedTuple):
 
 def merged(tags: Sequence[Tag], shape: Sequence[int]) -> Tag:
     """Return the tag of a result that has, place by place, the units of an operator's arguments."""
-    data = any(tag.data for tag in tags)
-    told = [own for tag in tags if (own := fitted(tag.inputs, shape)) is not None]
-    same = told and all(torch.equal(core(told[0]), core(own)) for own in told[1:])
-    inputs = told[0] if same else None
+    inputs = shared([tag.inputs for tag in tags], shape)
+    whose = shared([tag.whose for tag in tags], shape)
+    tag = Tag(None, inputs, whose, any(tag.data for tag in tags))
     known = [tag for tag in tags if tag.units is not None]
     if not known:
         reason = next((tag.reason for tag in tags if tag.reason != RAW), RAW)
-        return Tag(None, inputs, data, reason)
+        return tag._replace(reason=reason)
     fits = [(tag, own) for tag in known if (own := fitted(tag.units, shape)) is not None]
     if not fits:
-        return Tag(None, inputs, data, "the dimension of its units changed size")
+        return tag._replace(reason="the dimension of its units changed size")
     fits = [pair for pair in fits if along(pair[1])] or fits  # many units before a single one
     latest, units = max(fits, key=lambda pair: pair[0].layer.age)
     ranks = [core(own).unique(return_inverse=True)[1] for _, own in fits]
     if not all(torch.equal(ranks[0], rank) for rank in ranks):  # they tell other elements apart
-        return Tag(None, inputs, data, "tensors with units in different dimensions met")
-    return Tag(units, inputs, data, "", latest.layer)
+        return tag._replace(reason="tensors with units in different dimensions met")
+    return tag._replace(units=units, reason="", layer=latest.layer)
 
 
 class Numbering:
@@ -216,7 +218,7 @@ class Numbering:
             self.nameless += 1
             source = ("", str(self.nameless))
         layer = Layer(layer.name, source, dim, self.age)
-        return Tag(units, tag.inputs, tag.data, "", layer, near=True)
+        return tag._replace(units=units, reason="", layer=layer, near=True, weight=False)
 
     def enter_output(self, name: str, module: nn.Module, output: Tensor) -> None:
         """Make sure of the tag of a known layer's output, whatever operators it used."""
@@ -241,8 +243,9 @@ class Numbering:
         if not tags:
             return
         results = out if isinstance(out, list | tuple) else (out,)
-        free = [isinstance(x, Tensor) and id(x) not in self.owners for x in results]
-        shapes = [x.shape if is_free else None for x, is_free in zip(results, free, strict=True)]
+        shapes = [
+            x.shape if isinstance(x, Tensor) and id(x) not in self.owners else None for x in results
+        ]
         if operator in CHOICES and not all(tag.weight for tag in tags):
             values.append(object())  # differs from all else
         found = self.step(
@@ -270,7 +273,7 @@ class Numbering:
         data = [tag for tag in tags if not tag.weight]
         weights = [tag for tag in tags if tag.weight]
         moves = operator in VIEWS or operator in PICKS
-        moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:2] if moves]
+        moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:3] if moves]
 
         def tag_of(k: int, shape: Any) -> Tag | None:
             if shape is None:
@@ -286,7 +289,7 @@ class Numbering:
         return [tag_of(*result) for result in enumerate(shapes)]
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
-        """Run an operator that moves elements on their numbers, ``"units"`` or ``"inputs"``."""
+        """Run an operator that moves elements on their numbers: ``"units"``, ``"inputs"``, ..."""
         (name, first), *others = bound.items()
         tag = self.of(first)
         numbers: Any = None if tag is None or tag.weight else getattr(tag, which)
@@ -309,9 +312,11 @@ class Numbering:
         joined = cat and any(dim in along(numbers) for numbers in known)
         if cat and which == "units" and not any(map(along, known)):  # of one unit each
             joined = all(tag.layer.dim == dim - known[0].ndim for tag in tags)
-        if not joined:  # what has no numbers, such as a class token, gets those of the others
+        whose = which == "whose"
+        if whose or not joined:  # what has no numbers, such as a class token, gets those of others
+            given = torch.zeros((), dtype=torch.int64, device="cpu") if whose else known[0]
             pairs = zip(told, pieces, strict=True)
-            told = [fitted(known[0], x.shape) if own is None else own for own, x in pairs]
+            told = [fitted(given, x.shape) if own is None else own for own, x in pairs]
         if any(own is None for own in told):
             return None
         start = 0
@@ -321,15 +326,15 @@ class Numbering:
                 start += int(core(own).max()) + 1
         return told
 
-    def _moved_tag(self, operator: str, first: Tag, units: Any, inputs: Any) -> Tag:
+    def _moved_tag(self, operator: str, first: Tag, units: Any, inputs: Any, whose: Any) -> Tag:
         if units is None:
             known = first.units is not None or first.weight
             reason = f"its units were lost in {operator}" if known else first.reason
-            return Tag(None, inputs, first.data, reason)
+            return Tag(None, inputs, whose, first.data, reason)
         near = first.near and operator not in PICKS
         if near and operator in VIEWS and first.units is not None:
             near = core(units).numel() == core(first.units).numel()
-        return first._replace(units=units, inputs=inputs, near=near)
+        return first._replace(units=units, inputs=inputs, whose=whose, near=near)
 
     def _tag_of(
         self, operator: str, bound: Any, data: list[Tag], weights: list[Tag], shape: tuple[int, ...]
@@ -340,24 +345,26 @@ class Numbering:
         if operator in SAME:
             return first
         if operator in SHAPES:
-            return self._moved_tag(operator, first, *(reshaped(own, shape) for own in first[:2]))
+            return self._moved_tag(operator, first, *(reshaped(own, shape) for own in first[:3]))
         if operator in PRODUCTS:
             return self._product(bound, shape)
         if "convolution" in operator:
-            tag = first._replace(inputs=summed(first.inputs, range(1, ndim), shape))
+            tag = first._replace(inputs=summed(first.inputs, range(1, ndim), shape), whose=None)
             return self.renewed(tag, numbered(shape, 1), 1 - ndim, layer)
         if operator == "embedding":
             inputs = None if first.inputs is None else first.inputs.unsqueeze(-1).expand(shape)
-            return self.renewed(first._replace(inputs=inputs), numbered(shape, -1), -1, layer)
+            tag = first._replace(inputs=inputs, whose=None)
+            return self.renewed(tag, numbered(shape, -1), -1, layer)
         if operator == "copy":
             given = self.of(bound["src"])
             return merged([given if given and not given.weight else first], shape)
         given = bound.get("self")
         if "dim" in bound and isinstance(given, Tensor) and tuple(given.shape) != shape:
-            dims = gone(bound["dim"], given.ndim)
-            units, inputs = (summed(own, dims, shape) for own in first[:2])
+            named = bound["dim"] if isinstance(bound["dim"], list | tuple) else [bound["dim"]]
+            dims = [dim % given.ndim for dim in named if dim is not None] or range(given.ndim)
+            units, inputs, whose = (summed(own, dims, shape) for own in first[:3])
             reason = first.reason if first.units is None else "its units were summed up"
-            return Tag(units, inputs, first.data, reason, first.layer)
+            return Tag(units, inputs, whose, first.data, reason, first.layer)
         tag = merged(data, shape)
         bias = operator == "add" and len(data) == 1 and bool(weights)
         bias = bias and all(weight.layer.name == first.layer.name for weight in weights)
@@ -372,8 +379,8 @@ class Numbering:
             tag = self.of(tensor) or Tag(weight=True)
             if not tag.weight:
                 dims = [tensor.ndim + along_sum]
-                units, inputs = (summed(own, dims, shape) for own in tag[:2])
-                tag = tag._replace(units=units, inputs=inputs)
+                units, inputs, _ = (summed(own, dims, shape) for own in tag[:3])
+                tag = tag._replace(units=units, inputs=inputs, whose=None)
             factors.append((tag, tensor, free))
         data = [tag for tag, _, _ in factors if not tag.weight]
         if not data:  # only what is added comes from the data

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from relubook.units import _numbers
+from relubook.units._numbers import Tag
 from relubook.units.sites import Site, SiteFinder, hook, tensors_in
 
 # GPT-2's linear layer in transformers, with a weight of shape (inputs, outputs).
@@ -26,7 +25,7 @@ REPAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 LAYERS = (*REPAIRED, *TRANSPOSED)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, _numbers.FrozenBatchNorm)
 NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm)
-ALONE = {*_numbers.SAME, "mul", "native_dropout", "constant_pad_nd"}  # act on each unit alone
+ALONE = _numbers.SAME | _numbers.SHAPES | {"mul", "native_dropout", "constant_pad_nd", "own"}
 LAYER = 2**32  # a unit's number is that of its layer, from 1, times this, plus its index there
 
 
@@ -141,7 +140,6 @@ class Tracer(SiteFinder):
         self.made_by: dict[str, str] = {}  # what lies between a norm, or a site, and the layers
         self.outside: set[int] = set()  # ids of parameters that are used outside of their modules
         self._parameters = list(model.named_parameters(remove_duplicate=False))
-        self._of = WeakTensorKeyDictionary()  # a tensor's numbers, or what they were lost to
         self._inside = self._rectifies = False
 
     def trace(self, model: nn.Module, batch: Any, training: bool = False) -> None:
@@ -151,8 +149,8 @@ class Tracer(SiteFinder):
             self.begin(0, ())
             with self:
                 out = run(model, batch)
-        for x in tensors_in(out):
-            self._end(self._of.get(x), "the model's output")
+            for x in tensors_in(out):
+                self._end(self._tag(x).whose, "the model's output")
 
     def attach(self) -> None:
         """Register the hooks, those of layers and norms next to their own code."""
@@ -169,11 +167,11 @@ class Tracer(SiteFinder):
         self._inside = True
         self.calls[name] += 1
         x = next(tensors_in((args, kwargs)))
-        numbers, dim = self._of.get(x), _numbers.unit_dim(module, x)
-        self.made_by[name] = numbers if isinstance(numbers, str) else "something"
-        if not isinstance(numbers, Tensor):
+        tag, dim = self._tag(x), _numbers.unit_dim(module, x)
+        self.made_by[name] = tag.lost or "something"
+        if tag.whose is None:
             return
-        columns = _numbers.core(numbers).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
+        columns = _numbers.core(tag.whose).movedim(dim, 0).flatten(1).expand(x.shape[dim], -1)
         whose, last = columns.amin(1), columns.amax(1)
         if isinstance(module, LAYERS):
             self._end(columns[whose != last], f"{name!r} together with others")
@@ -181,24 +179,25 @@ class Tracer(SiteFinder):
             values = x.movedim(dim, 0).flatten(1).double().cpu()
             self.reads.setdefault(name, (whose * (whose == last), values.amin(1), values.amax(1)))
             return
-        for way in self._ways(numbers):
+        for way in self._ways(tag.whose):
             if torch.equal(whose, -way.first - torch.arange(len(whose), device="cpu")):
                 way.before = name
 
     def _leave(self, name: str, module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         self._inside = False
+        given = self._tag(next(tensors_in((args, kwargs))))
         if isinstance(module, LAYERS):
             units = _numbers.numbered(out.shape, _numbers.unit_dim(module, out))
-            self._of[out] = -self.ways[name].first - units
-        elif (numbers := self._of.get(next(tensors_in((args, kwargs))))) is not None:
-            self._of[out] = numbers
-            for way in self._ways(numbers):
+            given = Tag(whose=-self.ways[name].first - units)
+        self._numbers.tags[out] = self._tag(out)._replace(whose=given.whose, lost=given.lost)
+        if isinstance(module, NORMS):
+            for way in self._ways(given.whose):
                 least = out.movedim(_numbers.unit_dim(module, out), 0).flatten(1).amin(1)
                 way.norms.append(least.double().cpu())
 
     def _ways(self, numbers: Any) -> list[Way]:
         """Return the ways of the layers whose units are among the numbers."""
-        if not isinstance(numbers, Tensor):
+        if numbers is None:
             return []
         ways = [Way(0), *self.ways.values()]
         return [ways[k] for k in (_numbers.core(numbers).abs() // LAYER).unique().tolist()]
@@ -210,78 +209,62 @@ class Tracer(SiteFinder):
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         """Take note that the operator under way, or an own activation, is a rectifier."""
-        self._rectifies, numbers = True, self._of.get(x)
-        self.made_by[site.key[0]] = numbers if isinstance(numbers, str) else "something"
-        for way in self._ways(numbers):
+        self._rectifies, tag = True, self._tag(x)
+        self.made_by[site.key[0]] = tag.lost or "something"
+        for way in self._ways(tag.whose):
             fires = site.per_unit(site.kind.fires(x, out), "amax").cpu()
             way.fires[site.key] = fires | way.fires.get(site.key, torch.zeros_like(fires))
 
     def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
-        """Let the numbers go along with what an operator returns."""
+        """Let the numbers go along with what an operator returns, unless it may mix units."""
+        given = [self._tag(x) for x in tensors_in(bound)]
+        super().passed(operator, func, bound, out)
         rectifies, self._rectifies = self._rectifies, False
         if self._inside:
             return
-        given = list(tensors_in(bound))
-        self.outside |= {id(x) for x in given if isinstance(x, nn.Parameter)}
-        known = [x for x in given if isinstance(self._of.get(x), Tensor)]
-        words = [old for x in given if isinstance(old := self._of.get(x), str)]
-        if not (known or words) or operator.endswith("_like") or operator.startswith("new_"):
+        self.outside |= {id(x) for x in tensors_in(bound) if isinstance(x, nn.Parameter)}
+        known = [tag.whose for tag in given if tag.whose is not None]
+        words = [tag.lost for tag in given if tag.lost]
+        if not (known or words):
             return
-        running = self._stack[-1][0] if self._stack else ""
-        what = f"{operator}()"
-        if operator in ("add", "sub", "rsub") and sum(map(self._is_data, given)) > 1:
+        running, what = self._numbers.running, f"{operator}()"
+        data = [tag for tag in given if tag.data and not tag.weight]
+        if operator in ("add", "sub", "rsub") and len(data) > 1:
             what, words = "a sum (a residual connection)", []
         elif running and not list(self._modules[running].children()):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
-        results = list(tensors_in(out))
-        kept = self._kept(operator, func, bound, known, rectifies, results)
-        if not kept:
-            kept = words or [what]
-            for x in known:
-                self._end(self._of[x].abs() if self._own else self._of[x], what)
-        for k, result in enumerate(results):
-            numbers: Any = kept[k % len(kept)]  # pooling returns indices too
-            flips = rectifies and isinstance(numbers, Tensor)
-            self._of[result] = numbers.abs() if flips else numbers
+        tags = self._numbers.tags
+        results = [x for x in tensors_in(out) if x in tags]
+        alone = known and (rectifies or self._alone(operator, func, bound, given, out))
+        kept = alone and results and all(tags[x].whose is not None for x in results)
+        for x in results:
+            whose: Any = tags[x].whose if kept else None
+            whose = whose.abs() if kept and rectifies else whose
+            tags[x] = tags[x]._replace(whose=whose, lost="" if kept else [*words, what][0])
+        for whose in [] if kept else known:
+            self._end(whose.abs() if self._own else whose, what)
 
-    def _kept(
-        self, operator: str, func: Any, bound: Any, known: list[Tensor], flips: bool, results: Any
-    ) -> list[Any]:
-        """Return the numbers of an operator's results; none if it may mix units."""
-        if not (known and results):
-            return []
-        shape = results[0].shape
-        (name, first), *others = bound.items()
+    def _alone(self, operator: str, func: Any, bound: Any, given: list[Tag], out: Any) -> bool:
+        """Whether an operator but moves units, or acts on each alone, if it keeps the numbers."""
+        known = [tag.whose for tag in given if tag.whose is not None]
+        first = next(tensors_in(bound))
         if operator in _numbers.VIEWS or operator in _numbers.PICKS:
-            if any(isinstance(self._of.get(x), Tensor) for x in tensors_in(others)):
-                return []  # the units choose what is picked
-            moved = {name: tree_map_only(Tensor, self._numbers_of, first)}
-            out = func(**moved, **tree_map_only(Tensor, Tensor.cpu, dict(others)))
-            return list(tensors_in(out))
-        if operator in _numbers.SHAPES:
-            return [_numbers.reshaped(self._of[first], shape)]
-        dims = list[int]()
+            moved = len(list(tensors_in(next(iter(bound.values())))))
+            return all(tag.whose is None for tag in given[moved:])  # else they choose
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
-            dims = list(range(first.ndim - int(spatial[1]), first.ndim))
-        elif "keepdim" in bound or ("dim" in bound and first.shape != shape):
-            dims = _numbers.gone(bound["dim"], first.ndim)
-        elif not flips and operator not in ALONE:
-            others = [x for x in tensors_in(bound) if not isinstance(self._of.get(x), Tensor)]
-            pointwise = torch.Tag.pointwise in func.tags or operator == "masked_fill"
-            fired = self._own is not None or bool((self._of[known[0]] >= 0).all())
-            if not (pointwise and fired) or any(map(self._is_data, others)):
-                return []
-        fits: list[Any] = [_numbers.summed(self._of[own], dims, shape) for own in known]
-        same = all(x is not None and torch.equal(x, fits[0]) for x in fits)
-        return fits[:1] if same else []
+            dims = range(first.ndim - int(spatial[1]), first.ndim)
+            return all(set(dims).isdisjoint(_numbers.along(whose)) for whose in known)
+        if operator in ALONE or "keepdim" in bound:
+            return True
+        if "dim" in bound and any(first.shape != x.shape for x in tensors_in(out)):
+            return True
+        pointwise = torch.Tag.pointwise in func.tags or operator == "masked_fill"
+        fired = self._own is not None or bool((known[0] >= 0).all())
+        others = any(tag.data and not tag.weight for tag in given if tag.whose is None)
+        return pointwise and fired and not others
 
-    def _is_data(self, x: Tensor) -> bool:
-        tag = self._numbers.of(x)
-        return tag is not None and tag.data and not tag.weight
-
-    def _numbers_of(self, x: Tensor) -> Tensor:
-        none = torch.zeros((), dtype=torch.int64, device="cpu").expand(x.shape)
-        return numbers if isinstance(numbers := self._of.get(x), Tensor) else none
+    def _tag(self, x: Tensor) -> Tag:
+        return self._numbers.of(x) or Tag(data=False)
 
     def readers(self, name: str, units: Tensor) -> dict[str, list[bool]]:
         """Say which input columns of which layers read some units; Unpaired if others get them."""

@@ -170,8 +170,8 @@ class SiteFinder(TorchDispatchMode):
         self._numbers = Numbering(self._modules)
         self._own_kinds = own_kinds(activations, self._modules)
         self.uncalled = dict(activations or {})
-        # An own activation's call that is under way: its frame or depth, kind, input's tag, input.
-        self._own: tuple[FrameType | int, Kind, Tag, Tensor] | None = None
+        # An own activation's call that is under way: its frame or depth, kind, and input.
+        self._own: tuple[FrameType | int, Kind, Tensor] | None = None
         self._handles: list[Any] = []
         self._stack: list[tuple[str, int]] = []
         self._boundary: FrameType | None = None
@@ -192,7 +192,8 @@ class SiteFinder(TorchDispatchMode):
         """Take note of one call: its site, its pre-activation (gone if in place), its output."""
 
     def passed(self, operator: str, func: Any, bound: Mapping[str, Any], out: Any) -> None:
-        """Take note of any operator: its arguments by name, and its results."""
+        """Number what an operator returns, given its arguments by name."""
+        self._numbers.propagate(operator, func, bound, out)
 
     @property
     def ambiguous(self) -> dict[str, str]:
@@ -251,7 +252,7 @@ class SiteFinder(TorchDispatchMode):
             if numbers.of(x) is None:
                 inside = data and -x.ndim <= dim < x.ndim
                 batched = inside and x.shape[dim] == self.batch_size
-                tag = partial(Tag, None, numbered(x.shape, dim) if batched else None, data)
+                tag = partial(Tag, inputs=numbered(x.shape, dim) if batched else None, data=data)
                 numbers.tags[x] = numbers.step((x.shape, batched, data), tag)
 
     def _enter_module(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -276,13 +277,15 @@ class SiteFinder(TorchDispatchMode):
         own = self._own_kinds.get(name) if self._own is None else None
         if own is not None and (x := next(tensors_in(given), None)) is not None:
             self.uncalled.pop(own[0], None)
-            self._own = call, own[1], self._numbers.of(x) or Tag(data=False), x.detach().clone()
+            given, x = self._numbers.of(x) or Tag(data=False), x.detach().clone()
+            self._numbers.tags[x] = given  # of a constant too
+            self._own = call, own[1], x
 
     def _leave_own(self, call: FrameType | int, result: Any) -> None:
         """Count a call of an own activation, by its input if that gave the output its units."""
         if self._own is None or self._own[0] != call:
             return
-        (_, kind, given, x), self._own = self._own, None
+        (_, kind, x), self._own = self._own, None
         if (out := next(tensors_in(result), None)) is None:  # the call failed
             return
         if not out.is_floating_point():
@@ -290,7 +293,7 @@ class SiteFinder(TorchDispatchMode):
         if torch._C._functorch.is_functorch_wrapped_tensor(out):
             return self._note(f"NOT SEEN: {kind.name} runs under vmap or another transform")
         with _disable_current_modes():
-            made = self._numbers.of(out) or Tag(data=False)
+            given, made = self._numbers.tags[x], self._numbers.of(out) or Tag(data=False)
             inner = made.units is not None and made.layer.source != given.layer.source
             whole = x.shape == out.shape and not inner
             tag, x = (given, x) if whole else (made, out.detach())
@@ -300,10 +303,7 @@ class SiteFinder(TorchDispatchMode):
             if site is not None:
                 self.before(site, x)
                 self.observe(site, x, out)
-                self.passed("", None, {"self": x}, out)
-            if whole:
-                further = self._numbers.step((given,), lambda: given._replace(near=False))
-                self._numbers.tags[out] = further
+            self.passed("own", None, {"self": x} if whole else {}, out)
 
     def _leave_module(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] != name:
@@ -367,8 +367,7 @@ class SiteFinder(TorchDispatchMode):
         if site is not None:
             self.observe(site, x, out)
         if not operator.endswith("_like") and not operator.startswith("new_"):
-            self._numbers.propagate(operator, func, bound, out)
-        self.passed(operator, func, bound, out)
+            self.passed(operator, func, bound, out)
         return out
 
     def _site(
