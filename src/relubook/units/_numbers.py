@@ -31,6 +31,7 @@ CHOICES = words("index index_select gather _pack_padded_sequence")
 PICKS = CHOICES | words(
     "flip roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle cat stack"
 )
+MOVES = VIEWS | PICKS
 PRODUCTS = words("mm bmm addmm baddbmm")
 
 
@@ -252,8 +253,8 @@ class Numbering:
             (func, *bound, *values, *shapes),
             lambda: self._found(operator, func, bound, shapes, tags),
         )
-        for tag, result in zip(found, results, strict=True):
-            if tag is not None:
+        for tag, result, shape in zip(found, results, shapes, strict=True):
+            if shape is not None:
                 self.tags[result] = tag
 
     def _told(self, value: Any, tags: list[Tag]) -> Any:
@@ -268,25 +269,20 @@ class Numbering:
 
     def _found(
         self, operator: str, func: Any, bound: Any, shapes: Sequence[Any], tags: Sequence[Tag]
-    ) -> list[Tag | None]:
+    ) -> Sequence[Tag | None]:
         """Return the tags of an operator's results that have a shape."""
         data = [tag for tag in tags if not tag.weight]
         weights = [tag for tag in tags if tag.weight]
-        moves = operator in VIEWS or operator in PICKS
-        moved = [self._moved(operator, func, bound, which) for which in Tag._fields[:3] if moves]
-
-        def tag_of(k: int, shape: Any) -> Tag | None:
-            if shape is None:
-                return None
-            if not data and operator != "embedding":
-                return weights[0]
-            if not moves:
-                return self._tag_of(operator, bound, data, weights, tuple(shape))
-            first = self.of(next(iter(bound.values()))) or data[0]
-            first = first._replace(data=any(tag.data for tag in data))
-            return self._moved_tag(operator, first, *(own and own[k] for own in moved))
-
-        return [tag_of(*result) for result in enumerate(shapes)]
+        if not data and operator != "embedding":
+            return [weights[0]] * len(shapes)
+        if operator not in MOVES:
+            given = operator, bound, data, weights
+            return [None if shape is None else self._tag_of(*given, shape) for shape in shapes]
+        first = self.of(next(iter(bound.values()))) or data[0]
+        first = first._replace(data=any(tag.data for tag in data))
+        none = [None] * len(shapes)
+        moved = [self._moved(operator, func, bound, which) or none for which in Tag._fields[:3]]
+        return [self._moved_tag(operator, first, *own) for own in zip(*moved, strict=True)]
 
     def _moved(self, operator: str, func: Any, bound: Mapping[str, Any], which: str) -> Any:
         """Run an operator that moves elements on their numbers: ``"units"``, ``"inputs"``, ..."""

@@ -37,12 +37,11 @@ _BATCH_NORMS = _kinds("BatchNorm")
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, *_kinds("Dropout"))
 _RESHAPING = (nn.Flatten, nn.Unflatten)
 _AVERAGES = _kinds("AvgPool", "AdaptiveAvgPool")
-# These but the averages return one of their inputs or a constant.
-_MONOTONE = (
-    *(nn.Identity, nn.ReLU, nn.Hardtanh, nn.ReLU6, *_kinds("MaxPool", "AdaptiveMaxPool")),
-    *(*_DROPOUTS, *_RESHAPING, *_AVERAGES),
+# What comes last, but the averages, returns one of its inputs or a constant.
+_SUPPORTED = (
+    *(nn.Sequential, *_LINEAR, *_BATCH_NORMS, *_AVERAGES, *_RESHAPING, *_DROPOUTS, nn.Identity),
+    *(nn.ReLU, nn.Hardtanh, nn.ReLU6, *_kinds("MaxPool", "AdaptiveMaxPool")),
 )
-_SUPPORTED = (nn.Sequential, *_LINEAR, *_BATCH_NORMS, *_MONOTONE)
 
 
 @dataclass(frozen=True)

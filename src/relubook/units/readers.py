@@ -248,7 +248,7 @@ class Tracer(SiteFinder):
         """Whether an operator but moves units, or acts on each alone, if it keeps the numbers."""
         known = [tag.whose for tag in given if tag.whose is not None]
         first = next(tensors_in(bound))
-        if operator in _numbers.VIEWS or operator in _numbers.PICKS:
+        if operator in _numbers.MOVES:
             moved = len(list(tensors_in(next(iter(bound.values())))))
             return all(tag.whose is None for tag in given[moved:])  # else they choose
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
