@@ -150,6 +150,19 @@ class ReadsDtype(nn.Module):
         return self.next((x * 2.0).to(self.next.weight.dtype))
 
 
+class Accumulates(nn.Module):
+    """The units are added to zeros in place; the next layer's weight is looked at for its shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.next = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = torch.zeros(*x.shape[:-1], 6, dtype=x.dtype)
+        h += F.relu(self.fc(x))
+        return self.next(h) + torch.zeros_like(self.next.weight).sum()
+
+
 class Gated(nn.Module):
     """The units are multiplied by others, masked, enlarged and padded before they are read."""
 
@@ -197,6 +210,7 @@ KEPT = {
     "joined branches": (Branches, "conv", X2, False),
     "gated": (Gated, "conv", X2, True),
     "dtype read": (ReadsDtype, "fc", (64, 4), True),
+    "accumulated": (Accumulates, "fc", (64, 4), True),
     "control flow outside": (Squeeze, "block.0", (64, 4), True),
     "control flow between": (Leaves, "block.0", (64, 4), True),
     "conv1d": (

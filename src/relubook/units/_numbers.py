@@ -1,8 +1,8 @@
 """Number units and inputs, and carry the numbers along a forward pass.
 
-Beside each tensor go two of its shape: the number of the unit, and of the input, that each element
-belongs to, expanded from a few (with stride 0), which costs next to nothing. What moves elements
-moves their numbers too; a layer with weights numbers its units anew.
+Beside each tensor go others of its shape: the number of the unit, and of the input, that each
+element belongs to, expanded from a few (with stride 0), which costs next to nothing. What moves
+elements moves their numbers too; a layer with weights numbers its units anew.
 """
 
 import math

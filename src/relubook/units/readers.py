@@ -235,8 +235,9 @@ class Tracer(SiteFinder):
             what = f"{running!r} ({type(self._modules[running]).__name__})"
         tags = self._numbers.tags
         results = [x for x in tensors_in(out) if x in tags]
-        alone = known and (rectifies or self._alone(operator, func, bound, given, out))
-        kept = alone and results and all(tags[x].whose is not None for x in results)
+        kept = bool(known and results) and all(tags[x].whose is not None for x in results)
+        if kept and not rectifies:
+            kept = self._alone(operator, func, bound, given, tags[results[0]].whose)
         for x in results:
             whose: Any = tags[x].whose if kept else None
             whose = whose.abs() if kept and rectifies else whose
@@ -244,23 +245,23 @@ class Tracer(SiteFinder):
         for whose in [] if kept else known:
             self._end(whose.abs() if self._own else whose, what)
 
-    def _alone(self, operator: str, func: Any, bound: Any, given: list[Tag], out: Any) -> bool:
-        """Whether an operator but moves units, or acts on each alone, if it keeps the numbers."""
-        known = [tag.whose for tag in given if tag.whose is not None]
-        first = next(tensors_in(bound))
-        if operator in _numbers.MOVES:
-            moved = len(list(tensors_in(next(iter(bound.values())))))
-            return all(tag.whose is None for tag in given[moved:])  # else they choose
+    def _alone(self, operator: str, func: Any, bound: Any, given: list[Tag], whose: Tensor) -> bool:
+        """Whether an operator whose results have numbers moves units, or acts on each alone."""
+        first = next(iter(bound.values()))
+        if operator in _numbers.MOVES:  # unless units choose what is picked
+            return all(tag.whose is None for tag in given[len(list(tensors_in(first))) :])
         if spatial := re.search(r"(?:pool|pad|upsample\w*?)(\d)d", operator):
-            dims = range(first.ndim - int(spatial[1]), first.ndim)
-            return all(set(dims).isdisjoint(_numbers.along(whose)) for whose in known)
-        if operator in ALONE or "keepdim" in bound:
+            dims = range(whose.ndim - int(spatial[1]), whose.ndim)
+            return set(dims).isdisjoint(_numbers.along(whose))
+        if (
+            operator in ALONE
+            or "keepdim" in bound
+            or ("dim" in bound and first.shape != whose.shape)
+        ):
             return True
-        if "dim" in bound and any(first.shape != x.shape for x in tensors_in(out)):
-            return True
-        pointwise = torch.Tag.pointwise in func.tags or operator == "masked_fill"
-        fired = self._own is not None or bool((known[0] >= 0).all())
+        fired = self._own is not None or bool((whose >= 0).all())
         others = any(tag.data and not tag.weight for tag in given if tag.whose is None)
+        pointwise = torch.Tag.pointwise in func.tags or operator == "masked_fill"
         return pointwise and fired and not others
 
     def _tag(self, x: Tensor) -> Tag:
