@@ -585,36 +585,48 @@ def test_by_unit_of_convolutions(shape):
     assert rest
 
 
-def test_passes_of_other_kinds_are_read_into_the_same_window():
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(lambda: nn.Linear(5, 6), (4, 5)), (lambda: nn.Conv2d(5, 6, 1), (4, 5, 8, 9))],
+    ids=["linear", "convolution"],
+)
+def test_passes_of_other_kinds_are_read_into_the_same_window(build, shape):
     """The usual pass has a way of its own; every other must meet it in the window's peaks."""
     torch.manual_seed(0)
-    model = mlp(5, 6, 6, 1)
+    model = nn.Sequential(build(), nn.ReLU(), nn.Identity())
     seen: list[Tensor] = []
     model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().float()))
 
     def fail(*_: Any) -> None:
         raise ValueError("in the middle of a pass")
 
-    with Watch(model, window=8) as watch:
-        model(torch.randn(4, 5))
+    def batch(size: int = 4) -> Tensor:
+        return torch.randn(size, *shape[1:])
+
+    with Watch(model, window=9) as watch:
+        model(batch())
         seen.clear()  # the audit's and the first pass's, which was read twice
         watch._sites["1"].peak.fill_(-torch.inf)
         watch._sites["1"].latest.fill_(-torch.inf)
-        model(torch.randn(4, 5) + torch.arange(5) * 100)  # the largest, read in the usual way
+        large = 1000 * batch(2)
+        model(torch.cat([large, -large]))  # the largest, read in the usual way
         with torch.autocast("cpu", torch.bfloat16):
-            model(20 * torch.randn(4, 5))
-        model(torch.randn(9, 5))
-        model(torch.randn(2, 3, 5))
-        model(torch.randn(0, 5))
+            model(20 * batch())
+        model(batch(9))
+        model(batch(9).to(memory_format=torch.channels_last) if len(shape) == 4 else batch(9))
+        model(batch(0))
         handle = model[2].register_forward_pre_hook(fail)
         with pytest.raises(ValueError, match="in the middle"):
-            model(30 * torch.randn(9, 5))
+            model(30 * batch(9))
         handle.remove()
-        while watch.step < 8:
-            model(torch.randn(9, 5))
-    peaks = [x.flatten(0, -2).amax(0) for x in seen if x.numel()]
-    assert len(seen) == 8 - 1 + 1  # all steps but the first, and the pass that failed
-    assert torch.equal(watch.compute().sites[0].peak, torch.stack(peaks).amax(0))
+        if len(shape) == 2:
+            model(torch.randn(2, 3, 5))
+        while watch.step < 9:
+            model(batch(9))
+    peaks = [x.movedim(-1 if len(shape) == 2 else 1, -1).flatten(0, -2) for x in seen]
+    assert len(seen) == 9 - 1 + 1  # all steps but the first, and the pass that failed
+    assert torch.equal(watch.compute().sites[0].peak, torch.cat(peaks).amax(0))
+    assert torch.equal(torch.cat(peaks).amax(0), peaks[0].amax(0))
     assert watch.unfollowed == []
 
 

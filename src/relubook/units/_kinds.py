@@ -16,6 +16,7 @@ from relubook.units._numbers import along, core
 
 Activations = Mapping[Any, str | Callable[[Tensor], Tensor]] | None
 Calls = dict[str | CodeType, tuple[Any, "Kind"]]
+LONG = 64  # values of a unit in one input from which to reduce them first is fast
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,7 @@ def by_unit(x: Tensor, dim: int, reduce: Callable[..., Tensor] = torch.amax) -> 
     if ndim == 1:
         return x
     if dim == 1 - ndim and ndim > 2 and x.is_contiguous():
-        # Reduce first along what is long enough to be fast.
-        if x[0, 0].numel() >= 64:
+        if x.shape[2:].numel() >= LONG:
             return reduce(reduce(x.flatten(2), -1), 0)
         return reduce(reduce(x, 0).flatten(1), 1)
     x = x.movedim(dim, -1)

@@ -13,7 +13,7 @@ from torch import Tensor, amax, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
-from relubook.units._kinds import Site, by_unit
+from relubook.units._kinds import LONG, Site, by_unit
 from relubook.units.sites import SiteFinder
 
 Place = tuple[str, bool]  # the input of a module, by its name, or (if true) its output
@@ -82,9 +82,10 @@ class Reader(Hook):
         # If all of several calls are the site's, they are a loop, whose length may change.
         self.loop = len(self.ways) == self.calls > 1 and len(set(self.ways.values())) == 1
         # What a single call a pass reads can wait for the merge of all sites at its end.
-        alone = len(site.ways) == self.calls == 1 and self.ways[1] == -1 and site.fires is None
+        alone = len(site.ways) == self.calls == 1 and site.fires is None
         self.latest = site.latest if alone else None
-        self.shape: Any = None  # of the input that was read so last
+        self.shape: Any = None  # of an input that one reduction, over ``dims``, is fast for
+        self.dims: tuple[int, ...] = ()
         self.count = 0.0  # calls in the pass under way; -inf once one was given something else
         self.handle = audit.hook(place, self)
 
@@ -97,7 +98,7 @@ class Reader(Hook):
         if latest is None or not isinstance(x, Tensor) or x.shape != self.shape:
             self.read(x)
         elif x.dtype == latest.dtype and self.count == 1:
-            amax(x.detach(), 0, out=latest)
+            amax(x.detach(), self.dims, out=latest)
         else:
             self.read(x)
 
@@ -109,7 +110,9 @@ class Reader(Hook):
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
             self.count = -math.inf
         elif x.numel():
-            self.shape = x.shape if x.ndim == 2 else None
+            long = x.is_contiguous() and x.shape[2:].numel() >= LONG
+            if x.ndim + way == 1 and (x.ndim == 2 or long):
+                self.shape, self.dims = x.shape, (0, *range(2, x.ndim))
             x = x.detach()
             if site.fires is not None:
                 x = x.abs() * site.fires(x, x)
