@@ -291,11 +291,13 @@ class Watch:
             self._close_window()
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        first, dim = args[0] if args else None, self._batch_dim
+        first: Any = args[0] if args else None
         if not isinstance(first, Tensor):
             first = next(tensors_in((args, kwargs)), None)
-        shape = () if first is None else first.shape
-        return shape[dim] if -len(shape) <= dim < len(shape) else 1
+        try:
+            return first.size(self._batch_dim)
+        except (AttributeError, IndexError):
+            return 1
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         audit = Audit(self._model, **self._options)
