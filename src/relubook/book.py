@@ -59,30 +59,18 @@ def use_style() -> None:
     """Set matplotlib's defaults: colors with line styles, large text, a light background."""
     matplotlib = require("matplotlib", "figures")
     cycler = require("cycler", "figures").cycler
-    matplotlib.rcParams.update(
-        {
-            "axes.axisbelow": True,
-            "axes.formatter.use_mathtext": True,
-            "axes.grid": True,
-            "axes.prop_cycle": cycler(color=COLORS) + cycler(linestyle=LINE_STYLES),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 12,
-            "axes.titleweight": "bold",
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 100,
-            "figure.facecolor": "white",
-            "figure.figsize": (WIDTH, 3.3),
-            "font.size": 12,
-            "grid.color": "#dddddd",
-            "legend.fontsize": 11,
-            "legend.frameon": False,
-            "lines.linewidth": 2,
-            "savefig.dpi": 220,
-            "savefig.facecolor": "white",
-        }
-    )
+    colors = cycler(color=COLORS) + cycler(linestyle=LINE_STYLES)
+    matplotlib.rc("axes", axisbelow=True, grid=True, prop_cycle=colors)
+    matplotlib.rc("axes", titlelocation="left", titlesize=12, titleweight="bold")
+    matplotlib.rc("axes.formatter", use_mathtext=True)
+    matplotlib.rc("axes.spines", right=False, top=False)
+    matplotlib.rc("figure", dpi=100, facecolor="white", figsize=(WIDTH, 3.3))
+    matplotlib.rc("figure.constrained_layout", use=True)
+    matplotlib.rc("font", size=12)
+    matplotlib.rc("grid", color="#dddddd")
+    matplotlib.rc("legend", fontsize=11, frameon=False)
+    matplotlib.rc("lines", linewidth=2)
+    matplotlib.rc("savefig", dpi=220, facecolor="white")
 
 
 def describe(figure: Any) -> str:
