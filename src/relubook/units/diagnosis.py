@@ -226,11 +226,14 @@ def diagnose(
     with counter.attached(model):
         for index, batch in enumerate(_batches(data)):
             given = batch if forward is not None else _model_input(batch, index)
-            size = _size(batch, given, index, batch_dim, count)
-            example = given if forward is None and not done else example
+            size = _size(given, index, batch_dim) if count is None else int(count(batch))
+            if size < 1:
+                raise ValueError(f"batch {index} is empty: it holds {size} inputs")
             if forward is None and not all(map(_finite, tensors_in(given))):
                 what = f"batch {index} holds NaN, infinity or a meta tensor"
                 raise ValueError(f"{what}; leave it out, or pass {FORWARD} if it is meant")
+            if forward is None and not done:
+                example = given
             if device is not None:
                 move = methodcaller("to", device)
                 given = move(given) if hasattr(given, "to") else tree_map_only(Tensor, move, given)
@@ -262,11 +265,11 @@ def _batches(data: Any) -> Iterable[Any]:
         what = f"data is a {type(data).__name__}, not an iterable of batches"
         raise TypeError(f"{what}; if it is a data set, wrap it in a DataLoader")
     if isinstance(data, tuple | list) and data and all(isinstance(x, Tensor) for x in data):
-        alike = len({(x.ndim, x.dtype) for x in data}) == 1
-        if not alike or (isinstance(data, tuple) and len(data) == 2):
-            what = "a list of batches must hold tensors of one dtype and number of dimensions"
+        pair = isinstance(data, tuple) and len(data) == 2
+        if pair or len({(x.ndim, x.dtype) for x in data}) > 1:
+            what = "data looks like one batch of inputs and targets: wrap it: [(x, y)]; a list of"
             raise TypeError(
-                f"data looks like one batch of inputs and targets: wrap it: [(x, y)]; {what}"
+                f"{what} batches must hold tensors of one dtype and number of dimensions"
             )
     return data
 
@@ -281,25 +284,14 @@ def _model_input(batch: Any, index: int) -> Any:
     raise TypeError(f"{what} keyword arguments; convert it, or pass {FORWARD} to run it")
 
 
-def _size(
-    batch: Any, given: Any, index: int, batch_dim: int, count: Callable[[Any], int] | None
-) -> int:
-    if count is not None:
-        size = int(count(batch))
-    else:
-        tensors = tensors_in(given)
-        sizes = {x.shape[batch_dim] for x in tensors if -x.ndim <= batch_dim < x.ndim}
-        sizes = sizes - {1} or sizes  # one row, such as position ids, serves all inputs
-        if len(sizes) != 1:
-            found = f"sizes {sorted(sizes)}" if sizes else "no tensor"
-            what = f"batch {index}: cannot tell how many inputs it holds ({found} along dimension"
-            raise ValueError(
-                f"{what} {batch_dim}); pass count=lambda batch: ... or another batch_dim"
-            )
-        size = sizes.pop()
-    if size < 1:
-        raise ValueError(f"batch {index} is empty: it holds {size} inputs")
-    return size
+def _size(given: Any, index: int, batch_dim: int) -> int:
+    sizes = {x.shape[batch_dim] for x in tensors_in(given) if -x.ndim <= batch_dim < x.ndim}
+    sizes = sizes - {1} or sizes  # one row, such as position ids, serves all inputs
+    if len(sizes) != 1:
+        found = f"sizes {sorted(sizes)}" if sizes else "no tensor"
+        what = f"batch {index}: cannot tell how many inputs it holds ({found} along dimension"
+        raise ValueError(f"{what} {batch_dim}); pass count=lambda batch: ... or another batch_dim")
+    return sizes.pop()
 
 
 def _finite(x: Tensor) -> bool:
@@ -314,11 +306,9 @@ def unclear(sites: Mapping[str, str]) -> str:
     """Say of which sites the units cannot be told, why, and what helps."""
     listed = "".join(f"\n  {name!r}: {why}" for name, why in sites.items())
     example = next(iter(sites), "")
-    what = (
-        "a dimension of that shape; None to leave the site out; a pattern such as 'decoder.*' for"
-    )
-    help = f"Pass unit_dim={{{example!r}: 1}} ({what} many)"
-    return f"cannot tell along which dimension the units lie:{listed}\n{help}"
+    help = "a dimension of that shape; None to leave the site out; a pattern such as 'decoder.*'"
+    what = f"cannot tell along which dimension the units lie:{listed}"
+    return f"{what}\nPass unit_dim={{{example!r}: 1}} ({help} for many)"
 
 
 def _notes(counter: _Counter) -> list[str]:
