@@ -258,6 +258,22 @@ def test_no_advice_on_data_that_cannot_be_told():
     assert "spine-centering" not in advised(report)
 
 
+def test_a_report_looks_at_the_center_of_its_data_once(monkeypatch, tmp_path):
+    model, x = nn.Sequential(nn.Linear(3, 40), nn.ReLU()), torch.rand(64, 3) + 9
+    with torch.no_grad():
+        model[0].bias[0] = -99
+    seen = []
+    monkeypatch.setattr(relubook.units.report, "off_center", lambda x: seen.append(x) or 0.5)
+    report = diagnose(model, [x])
+    assert not seen
+    shown = repr(report)
+    assert "batch 0 is 0.50 off center" in shown
+    assert "batch 0 is 0.50 off center" in report._repr_html_()
+    assert len(seen) == 1
+    report.save(tmp_path / "kept")  # also when that is known
+    assert "spine-centering" not in advised(Report.load(tmp_path / "kept"))
+
+
 @pytest.mark.parametrize("claim", ADVICE)
 def test_advice_is_what_the_ledger_supports(claim):
     """Its verdict is true; its first reservation is quoted; its chapter is named by its title."""

@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from relubook._optional import require
 from relubook.units._kinds import PIECE
 from relubook.units._listing import UnitListing, plain_table
 from relubook.units._page import page
-from relubook.units.risk import advice, near_cliff
+from relubook.units.risk import advice, near_cliff, off_center
 
 __all__ = ["RARE", "STATES", "Report", "ReportDiff", "SiteReport", "silence_bound"]
 
@@ -150,7 +151,7 @@ class SiteReport:
     @property
     def at_risk(self) -> Tensor:
         """Living units that are rare or in the tenth of lowest peak: the next to die; ``bool``."""
-        living = ~(self.dead | self.nonfinite) & self.silences
+        living = (self.fired > 0) & ~self.nonfinite & self.silences
         return living & self.rare | near_cliff(self.peak, living)
 
     @property
@@ -212,8 +213,8 @@ class Report(UnitListing[SiteReport]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all but ``example``, for :meth:`load`; OSError if that fails, old files stay."""
-        kept = {"sites": [vars(site) for site in self.sites], "example": None}
-        torch.save({"relubook report": VERSION, **vars(self), **kept}, file := io.BytesIO())
+        kept = vars(replace(self, example=None)) | {"sites": [vars(site) for site in self.sites]}
+        torch.save({"relubook report": VERSION, **kept}, file := io.BytesIO())
         write_whole(Path(path), file.getvalue())
 
     @classmethod
@@ -318,6 +319,14 @@ class Report(UnitListing[SiteReport]):
         axes.set(xlabel="log10 of the share of observations on which it fired", ylabel="units")
         axes.legend()
         return axes.figure
+
+    @cached_property
+    def _off_center(self) -> float:
+        """How far the first batch is off center; 0 if its rows may be no inputs."""
+        x, n = self.example, self.inputs
+        rows = len(x) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 else 0
+        batched = rows > 31 and rows - 1 < n <= rows * self.batches < n + rows
+        return off_center(x) if batched and x.isfinite().all() else 0.0  # it may have changed since
 
     def _rows(self) -> list[list[str]]:
         columns = ["site", "kind", "units", "dead", "rare", "always on"]

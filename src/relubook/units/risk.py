@@ -80,16 +80,13 @@ def advice(report: Any) -> list[str]:
     def total(state: str) -> int:
         return sum(int(getattr(s, state, s.dead & False).sum()) for s in report if s.silences)
 
-    x: Any = getattr(report, "example", None)
-    rows = len(x) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 else 0
-    batched = rows > 31 and rows - 1 < report.inputs <= rows * report.batches < report.inputs + rows
-    off = off_center(x) if batched and x.isfinite().all() else 0  # it may have changed since
     events = getattr(report, "history", [])
     born = {(e.site, e.unit) for e in events if e.kind == "death" and e.until == report.window}
     born -= {(e.site, e.unit) for e in events if e.kind == "revival"}
     rare, dead = total("rare"), report.dead_fraction
     many = dead > MANY or bool(report.dead_layers)
-    off = off if off >= OFF_CENTER and (dead or rare) else 0
+    off = getattr(report, "_off_center", 0.0) if dead or rare else 0.0
+    off = off if off >= OFF_CENTER else 0.0
     found = (off, len(born), rare, dead and not many, many, total("nonfinite"))
     told = zip(ADVICE.items(), found, strict=True)
     return [f"ADVICE from {words.format(n)} (claim {claim})." for (claim, words), n in told if n]
