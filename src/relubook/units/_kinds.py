@@ -31,9 +31,9 @@ class Kind:
     dim: int | None = None
     silent: Callable[[Tensor], Tensor] | None = None  # tells where an output is silent, if not at 0
 
-    def fires(self, x: Tensor, out: Tensor | None) -> Tensor:
+    def fires(self, x: Tensor, out: Tensor) -> Tensor:
         """Return where a unit is not silent, never at NaN; ``out`` counts if ``by_output``."""
-        if not self.by_output or out is None:
+        if not self.by_output:
             return x > self.level
         if self.dim is not None:
             return x == out.unsqueeze(self.dim)

@@ -55,11 +55,8 @@ class _Counter(SiteFinder):
         self._low[site.key] = torch.minimum(self._low.get(site.key, low), low)
         if site.kind.by_output:
             return
-        if now.seen < EXACT:
-            fires = torch.gt(x, site.kind.level, out=torch.empty_like(x, dtype=torch.float32))
-        else:
-            fires = site.kind.fires(x, None)
-        self._add(site, fires)
+        dtype = torch.float32 if now.seen < EXACT else torch.bool
+        self._add(site, torch.gt(x, site.kind.level, out=torch.empty_like(x, dtype=dtype)))
 
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         if site.kind.by_output:
