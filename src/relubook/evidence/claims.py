@@ -78,7 +78,7 @@ class Part:
         if not self.sample:
             return KINDS[self.kind] + (f", {self.needs}" if self.needs != "holds" else "")
         spread = (self.value[2] - self.value[1]) * (100 if self.unit in ("%", " points") else 1)
-        digits = 0 if spread >= 8 else 1 if spread >= 0.2 else 2 if spread >= 0.02 else 4
+        digits = next((n for n, least in ((0, 8), (1, 0.2), (2, 0.02)) if spread >= least), 4)
         value, low, high = (number(v, self.unit, digits) for v in self.value)
         return f"{value}{self.unit} ({low} to {high}), {self.needs}"
 
@@ -119,21 +119,18 @@ def part(
     """
     criteria: dict[str, Any] = {"at least": at_least, "at most": at_most, "between": between}
     criteria |= {"exactly": equals, "holds": holds}
-    given = {k: v for k, v in criteria.items() if v is not None}
+    given = [pair for pair in criteria.items() if pair[1] is not None]
     if len(given) != 1 or kind not in KINDS:
         raise ValueError(f"{sentence!r} needs one criterion, and a kind of {', '.join(KINDS)}")
-    (name, limit), measured = next(iter(given.items())), kind == "measured"
+    [(name, limit)] = given
+    measured = kind == "measured"
     if measured and name in ("holds", "exactly"):
         raise ValueError(f"{sentence!r}: a sample has an interval; give a range, or another kind")
     if samples is None and name != "holds":
         raise ValueError(f"{sentence!r} must say what it is judged on")
-    if name == "holds":
-        low, high = 1.0, 1.0
-    elif name == "between":
-        low, high = map(float, limit)
-    else:
-        low = -math.inf if name == "at most" else float(limit)
-        high = math.inf if name == "at least" else float(limit)
+    passes = {"at least": (limit, math.inf), "at most": (-math.inf, limit), "between": limit}
+    passes |= {"exactly": (limit, limit), "holds": (1, 1)}
+    low, high = map(float, passes[name])
     if not low <= high:
         raise ValueError(f"{sentence!r}: {name} {limit} leaves nothing that could pass")
     if unit is None:
@@ -190,9 +187,8 @@ class Verdict:
         facts = ("role", "verdict", "kind", "sentence", "needs", "numbers", "n", "note")
         parts = [{key: getattr(p, key) for key in facts} for p in self.parts]
         cited = {"sources": [list(pair) for pair in self.sources], "finding": self.finding}
-        return {"verdict": self.word, "condition": self.condition} | (
-            {"parts": parts} if parts else cited
-        )
+        evidence = {"parts": parts} if parts else cited
+        return {"verdict": self.word, "condition": self.condition, **evidence}
 
 
 @dataclass(frozen=True)
@@ -243,8 +239,9 @@ class Claim:
         unsettled = [f"not settled: {p.sentence}" for p in main if p.verdict == "open"]
         buts = [p.but for p in limits if p.verdict == "fails"]
         buts = buts or [f"perhaps {p.but}" for p in limits if p.verdict == "open"]
-        word = "false" if failed else "undecided" if unsettled else "true, but" if buts else "true"
-        condition = "; ".join(failed or unsettled or buts)
+        outcomes = {"false": failed, "undecided": unsettled, "true, but": buts}
+        word = next((word for word, reasons in outcomes.items() if reasons), "true")
+        condition = "; ".join(outcomes.get(word, []))
         return self._settle(Verdict(self, word, condition, (*main, *limits), level))
 
     def cite(self, *sources: tuple[str, str], finding: str) -> Verdict:
