@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from relubook.units.diagnosis import Report, diagnose
 from relubook.units.revival import Revival, revive_
+from relubook.units.watch import Watch
 
 
 def seeded(seed=0):
@@ -1419,6 +1420,10 @@ def test_bad_input_raises():
         revive_(lambda x: x, report)
     with pytest.raises(TypeError, match="report is a dict"):
         revive_(model, {})
+    with Watch(model, window=1) as watch:
+        model.train()(x)
+    with pytest.raises(TypeError, match="report is a WatchReport; it must be what diagnose"):
+        revive_(model, watch.compute(), x)
     unseen = diagnose(model, [x], forward=lambda model, batch: model(batch))
     with pytest.raises(ValueError, match="pass a batch"):
         revive_(model, unseen)

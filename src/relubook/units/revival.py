@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from relubook.units._kinds import Activations
 from relubook.units._numbers import unit_dim
 from relubook.units.readers import TRANSPOSED, Plan, Tracer, find_readers, run, turned
-from relubook.units.report import plain_table
+from relubook.units.report import Report, plain_table
 from relubook.units.sites import tensors_in, undisturbed, unwrapped
 
 __all__ = ["Change", "Left", "Revival", "revive_"]
@@ -103,7 +103,7 @@ class Revival:
 
 def revive_(
     model: nn.Module,
-    report: Any,
+    report: Report,
     batch: Any = None,
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
@@ -157,9 +157,9 @@ def revive_(
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted, its layers cannot be read: revive the model it is from")
-    if not hasattr(report, "sites"):
+    if not isinstance(report, Report):
         raise TypeError(f"report is a {type(report).__name__}; it must be what diagnose returns")
-    batch = getattr(report, "example", None) if batch is None else batch
+    batch = report.example if batch is None else batch
     if batch is None:
         raise ValueError("the report holds no example of the data: pass a batch of inputs")
     optimizers, chosen = listed(optimizer), {site.name: site.dead for site in report.sites}
@@ -210,8 +210,7 @@ def revive_(
             _reset_state(one, fresh, undo)
         undo.pop_all()
     left = [Left(s, int(units.sum()), reasons[s]) for s, units in chosen.items() if s in reasons]
-    idle = [site.name for site in report.sites if getattr(site, "never_wins", torch.zeros(1)).any()]
-    left += [Left(name, 0, _IDLE) for name in idle]
+    left += [Left(site.name, 0, _IDLE) for site in report if site.never_wins.any()]
     return Revival(tuple(changes), tuple(left))
 
 
