@@ -148,15 +148,14 @@ def part(
     if (count := len(require("numpy", "intervals").asarray(samples))) < LEAST_SAMPLES:
         raise ValueError(f"{sentence!r} rests on {count} networks; it needs {LEAST_SAMPLES}")
     x, bad = finite_samples(samples, nonfinite)
+
+    def sample(level: float) -> tuple[float, float, float]:
+        nothing = (math.nan, -math.inf, math.inf)
+        return interval(x, confidence=level, within=within) if len(x) else nothing
+
+    sample(0.95)  # raises if one lies outside of the bounds
     how = "left out" if nonfinite == "omit" else f"counted as {nonfinite}"
-    if len(x):
-        interval(x, confidence=0.95, within=within)
-    nothing = (math.nan, -math.inf, math.inf)
-    return state(
-        lambda level: interval(x, confidence=level, within=within) if len(x) else nothing,
-        len(x),
-        f"{bad} without a finite value, {how}" if bad else "",
-    )
+    return state(sample, len(x), f"{bad} without a finite value, {how}" if bad else "")
 
 
 @dataclass(frozen=True)
