@@ -220,8 +220,7 @@ def _outputs(model: nn.Module, batch: Any, layer: nn.Module | None = None) -> li
     with undisturbed(model), ExitStack() as stack:
         model.eval()
         if layer is not None:
-            hook = layer.register_forward_hook(lambda module, args, out: seen.append(out))
-            stack.callback(hook.remove)
+            stack.enter_context(layer.register_forward_hook(lambda *call: seen.append(call[-1])))
         out = run(model, batch)
     return seen or list(tensors_in(out))
 
@@ -243,15 +242,14 @@ class _Repair:
 
     def cut(self) -> None:
         for sink in self.plan.sinks:
-            module, columns = sink.module, sink.columns
+            module, columns, constant = sink.module, sink.columns, sink.constant
             if not isinstance(module, TRANSPOSED):
                 weight = turned(module, module.weight)
                 outputs, inputs = weight.shape[:2]  # inputs of one group
                 rows = outputs // getattr(module, "groups", 1)  # of one group
                 columns = columns.view(-1, inputs).repeat_interleave(rows, 0)
+                constant = constant.view(-1, inputs).repeat_interleave(rows, 0).to(weight.device)
                 if sink.is_folded:
-                    constant = sink.constant.view(-1, inputs).repeat_interleave(rows, 0)
-                    constant = constant.to(module.weight.device)
                     weight = weight.double().reshape(outputs, inputs, -1).sum(2)
                     bias = module.bias.double() + (weight * constant).sum(1)
                     self.undo.callback(module.bias.copy_, module.bias.clone())
@@ -320,8 +318,9 @@ def _is_same(before: Tensor, after: Tensor) -> bool:
 
 def listed(optimizer: Any) -> list[torch.optim.Optimizer]:
     """Return the optimizers as a list: of None none, else one or several."""
-    several = isinstance(optimizer, list | tuple)
-    optimizers = list(optimizer) if several else [optimizer] * (optimizer is not None)
+    if optimizer is None:
+        return []
+    optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for one in optimizers:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer is a {type(one).__name__}, not a torch.optim.Optimizer")
