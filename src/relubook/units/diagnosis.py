@@ -1,5 +1,6 @@
 """Which units of any model are dead, and on how many inputs that verdict rests."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -25,11 +26,9 @@ EXACT = 2**24  # up to here float32 counts exactly, and several times faster tha
 class _Pass:
     """One pass over one batch, at one site."""
 
-    data: bool  # whether the site depends on the batch
     sites: list[Site] = field(default_factory=list)  # the calls whose inputs can be told apart
     fired: Any = None  # how often: by input of the batch and unit
-    mixed: bool = False  # whether a call's inputs cannot be told apart
-    loose: Any = 0  # how often in such calls: by unit
+    loose: Any = 0  # how often in calls whose inputs cannot be told apart, if any: by unit
     seen: int = 0  # number of values per unit
 
 
@@ -40,7 +39,7 @@ class _Counter(SiteFinder):
         super().__init__(model, **options)
         self.counts: dict[tuple[Any, ...], SiteReport] = {}
         self._low: dict[tuple[Any, ...], Tensor] = {}  # smallest pre-activation of each unit
-        self._now: dict[tuple[Any, ...], _Pass] = {}
+        self._now: dict[tuple[Any, ...], _Pass] = defaultdict(_Pass)
 
     def before(self, site: Site, x: Tensor) -> None:
         x = x.detach()
@@ -48,7 +47,7 @@ class _Counter(SiteFinder):
             self.counts[site.key] = self._fresh(site, x)
         count = self.counts[site.key]
         count.calls += 1
-        now = self._now.setdefault(site.key, _Pass(site.data))
+        now = self._now[site.key]
         now.seen += x.numel() // site.units
         low = site.per_unit(x, "amin")
         count.peak = torch.maximum(count.peak, site.per_unit(x, "amax"))
@@ -61,12 +60,12 @@ class _Counter(SiteFinder):
     def observe(self, site: Site, x: Tensor, out: Tensor) -> None:
         if site.kind.by_output:
             self._add(site, site.kind.fires(x, out.detach()))
-        magnitude = self.counts[site.key].magnitude
+        count = self.counts[site.key]
         if site.kind.dim is not None:  # of a maximum that is NaN, no piece is known to lose
             unknown = out.isnan().unsqueeze(site.kind.dim).expand_as(x)
-            self.counts[site.key].nonfinite |= site.per_unit(unknown, "amax")
-        elif magnitude is not None:
-            magnitude += site.per_unit(out.detach().abs().double(), "sum")
+            count.nonfinite |= site.per_unit(unknown, "amax")
+        elif count.magnitude is not None:
+            count.magnitude += site.per_unit(out.detach().abs().double(), "sum")
 
     def _fresh(self, site: Site, x: Tensor) -> SiteReport:
         zeros = torch.zeros(site.units, dtype=torch.int64, device=x.device)
@@ -92,7 +91,7 @@ class _Counter(SiteFinder):
         """Count where the units of a call fired, given as ``bool`` or, up to EXACT, ``float32``."""
         now = self._now[site.key]
         if site.inputs is None:
-            now.loose, now.mixed = now.loose + site.per_unit(fires, "sum").long(), True
+            now.loose = now.loose + site.per_unit(fires, "sum").long()
             return
         counts = site.per_input(fires)
         if fires.dtype == torch.bool:
@@ -107,10 +106,10 @@ class _Counter(SiteFinder):
             count.observations += now.seen
             fired = now.loose + now.fired.sum(0).long() if now.sites else now.loose
             count.fired += fired
-            if now.mixed:
+            if isinstance(now.loose, Tensor):
                 count.inputs += min(self.batch_size, now.seen)
                 count.fired_inputs = None
-            elif not now.data:  # the same in every pass
+            elif not now.sites[0].data:  # the same in every pass
                 count.inputs, count.fired_inputs = 1, (count.fired > 0).long()
             else:
                 whole = any(site.rows[2] for site in now.sites)
