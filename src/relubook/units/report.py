@@ -4,8 +4,10 @@ import io
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from os import PathLike
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from relubook._files import write_whole
 from relubook._optional import require
 from relubook.units._kinds import PIECE
 from relubook.units._listing import UnitListing, plain_table
-from relubook.units._page import page
 from relubook.units.risk import advice, near_cliff, off_center
 
 __all__ = ["RARE", "STATES", "Report", "ReportDiff", "SiteReport", "silence_bound"]
@@ -269,7 +270,21 @@ class Report(UnitListing[SiteReport]):
 
     def write_html(self, path: str | PathLike[str], title: str = "Dead units") -> None:
         """Write a page that stands alone: no script, and nothing to load. OSError as in `save`."""
-        write_whole(Path(path), page(self, title))
+        head = Path(__file__).with_name("_page.html").read_text(encoding="utf-8")
+        lines = [Template(head).substitute(title=escape(title)), self._repr_html_()]
+        lines.append("</div><h2>Units, and a bar for the share that is dead</h2>")
+        for site in self:
+            share = f"{site.dead_fraction:.2%}"
+            bar = f"background: linear-gradient(90deg, currentcolor {share}, #8883 0)"
+            place = f"shape {site.shape}" + (f", {site.location}" if site.location else "")
+            summary = f'<summary>{escape(repr(site))}<i style="{bar}"></i></summary>'
+            lines.append(f"<details>{summary}<ul><li>{escape(place)}</li>")
+            for k, state in enumerate(STATES):
+                units = ", ".join(map(str, (site.state == k).nonzero().flatten().tolist()))
+                if units and state != "mixed":
+                    lines.append(f"<li>{state}: {units}</li>")
+            lines.append("</ul></details>")
+        write_whole(Path(path), "\n".join([*lines, "</main></html>\n"]))
 
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame`` with one row per unit.
