@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relubook.evidence import claims
-from relubook.evidence.card import card, number
 from relubook.evidence.claims import claim, ledger, part
 from relubook.evidence.statistics import interval
 
@@ -255,8 +254,8 @@ def test_card_says_verdict_first_and_escapes_its_text():
 
 def test_card_of_a_theorem_has_no_interval():
     verdict = claim("cheap").check(part("a", holds=True, kind="theorem"))
-    assert "<svg" not in card(verdict, 0.99)
-    assert "theorem, checked" in card(verdict, 0.99)
+    assert "<svg" not in verdict._repr_html_()
+    assert "theorem, checked" in verdict._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_card_of_a_theorem_has_no_interval():
     ],
 )
 def test_numbers_are_written_for_readers(value, unit, digits, text):
-    assert number(value, unit, digits) == text
+    assert claims.number(value, unit, digits) == text
 
 
 @pytest.fixture
