@@ -243,9 +243,8 @@ class Claim:
         main = [main] if isinstance(main, Part) else list(main)
         sentences = [p.sentence for p in (*main, *limits)]
         if not main or not all(p.but for p in limits) or len(set(sentences)) < len(sentences):
-            raise ValueError(
-                f"{self.id!r} needs a main part, each limit its but=, each part its own sentence"
-            )
+            needs = "a main part, each limit its but=, each part its own sentence"
+            raise ValueError(f"{self.id!r} needs {needs}")
         measured = sum(p.sample is not None for p in (*main, *limits))
         level = 1 - (1 - CONFIDENCE) / max(measured, 1)
         main = [p.judged("main", level) for p in main]

@@ -125,9 +125,7 @@ class UnitListing(SiteListing[S]):
 
 def plain_table(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     """Return the lines of a table of a header and rows; ``words`` columns are flush left."""
-    aligned = [
-        f"{'<' if column < words else '>'}{max(map(len, cells))}"
-        for column, cells in enumerate(zip(*rows, strict=True))
-    ]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    aligned = [f"{'<' if k < words else '>'}{width}" for k, width in enumerate(widths)]
     lines = ["  ".join(map(format, row, aligned)).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
