@@ -6,8 +6,6 @@ from relubook.evidence.statistics import Range, Samples, finite_samples, interva
 
 __all__ = ["says"]
 
-CONFIDENCE = 0.999
-
 
 def says(
     samples: Samples,
@@ -34,7 +32,7 @@ def says(
     if not low <= high or (low <= least and most <= high):
         raise ValueError(f"{words!r} must leave out something of {within}, not say {low} to {high}")
     x, _ = finite_samples(samples, nonfinite)
-    mean, a, b = interval(x, confidence=CONFIDENCE, within=within)
+    mean, a, b = interval(x, confidence=0.999, within=within)
     if b < low or a > high:
         found = f"the mean is {mean:.3g}, its 99.9% interval {a:.3g} to {b:.3g}"
         raise AssertionError(f"the text says {words!r}, {low:g} to {high:g}; {found}")
