@@ -174,9 +174,8 @@ class Verdict:
 
     def __repr__(self) -> str:
         lines = [f"{self.claim.id}: {self.word.upper()}{self.condition and '; '}{self.condition}"]
-        lines += [
-            f"  {p.role} {p.verdict}: {p.sentence}; {p.needs} ({KINDS[p.kind]})" for p in self.parts
-        ]
+        for p in self.parts:
+            lines.append(f"  {p.role} {p.verdict}: {p.sentence}; {p.needs} ({KINDS[p.kind]})")
         lines += [f"  source: {label}, {address}" for label, address in self.sources]
         return "\n".join(lines + [f"  {self.finding}"] * bool(self.finding))
 
@@ -272,14 +271,15 @@ class Claim:
 
     def _settle(self, verdict: Verdict) -> Verdict:
         default = "check" if os.environ.get("CI", "").lower() in ("1", "true", "yes") else "notice"
-        mode, records = os.environ.get("RELUBOOK_LEDGER", default), _records()
+        mode = os.environ.get("RELUBOOK_LEDGER", default)
         if mode not in ("check", "record", "notice"):
             raise ValueError(f"RELUBOOK_LEDGER must be one of check, record, notice, not {mode!r}")
+        path, records = _records()
         old, new = records.get(self.id), verdict.record()
         if mode == "record":
             records[self.id] = new
             ordered = {known: records[known] for known in _claims() if known in records}
-            write_whole(_record_path(), json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+            write_whole(path, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
             return verdict
         if old and not _contradicts(old, new):
             return verdict
@@ -305,13 +305,9 @@ def _contradicts(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return words or flipped or stated(old) != stated(new)
 
 
-def _record_path() -> Path:
-    return Path(os.environ.get("RELUBOOK_VERDICTS") or _RECORD)
-
-
-def _records() -> dict[str, Any]:
-    path = _record_path()
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _records() -> tuple[Path, dict[str, Any]]:
+    path = Path(os.environ.get("RELUBOOK_VERDICTS") or _RECORD)
+    return path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 @functools.cache
@@ -333,7 +329,8 @@ def claim(claim_id: str) -> Claim:
 def ledger() -> list[dict[str, Any]]:
     """Return every claim with its facts, its verdict (*untested* without any) and its parts."""
     empty = {"verdict": "untested", "condition": "", "parts": [], "sources": [], "finding": ""}
-    records, rows = _records(), []
+    _, records = _records()
+    rows = []
     for entry in _claims().values():
         facts = {k: getattr(entry, k) for k in ("id", "statement", "chapter", "whose")}
         rows.append(facts | {"notes": list(entry.notes)} | empty | records.get(entry.id, {}))
