@@ -343,7 +343,7 @@ def number(value: float, unit: str, digits: int | None = None) -> str:
     Three or four significant digits, or ``digits`` after the point; hundredths for % and points.
     """
     value *= 100 if unit in ("%", " points") else 1
-    if digits is not None and math.isfinite(value):
+    if digits is not None:
         text = f"{value:.{digits}f}"
     else:
         text = f"{value:.3g}" if abs(value) < 10 else f"{value:.4g}"
@@ -383,8 +383,7 @@ def _picture(part: Part) -> str:
     shown = [end for end in ends if math.isfinite(end)]
     room = 0.12 * (max(shown) - min(shown) or 1)
     left = min(shown) - room * (part.unit != "%" or min(shown) != 0)
-    right = max(shown) + room
-    right = min(right, 1.0) if part.unit == "%" else right
+    right = min(max(shown) + room, 1.0 if part.unit == "%" else math.inf)
 
     def x(v: float) -> float:
         return round(4 + 152 * (min(max(v, left), right) - left) / (right - left), 1)
