@@ -76,17 +76,16 @@ def near_cliff(peak: Tensor, living: Tensor) -> Tensor:
 
 def advice(report: Any) -> list[str]:
     """Return what the book advises on what a report of ``diagnose`` or ``Watch`` found."""
-
-    def total(state: str) -> int:
-        return sum(int(getattr(s, state, s.dead & False).sum()) for s in report if s.silences)
-
     events = getattr(report, "history", [])
     born = {(e.site, e.unit) for e in events if e.kind == "death" and e.until == report.window}
     born -= {(e.site, e.unit) for e in events if e.kind == "revival"}
-    rare, dead = total("rare"), report.dead_fraction
+    sites = [site for site in report if site.silences]
+    rare = sum(int(site.rare.sum()) for site in sites if hasattr(site, "rare"))
+    nonfinite = sum(int(site.nonfinite.sum()) for site in sites)
+    dead = report.dead_fraction
     many = dead > MANY or bool(report.dead_layers)
     off = getattr(report, "_off_center", 0.0) if dead or rare else 0.0
     off = off if off >= OFF_CENTER else 0.0
-    found = (off, len(born), rare, dead and not many, many, total("nonfinite"))
+    found = (off, len(born), rare, dead and not many, many, nonfinite)
     told = zip(ADVICE.items(), found, strict=True)
     return [f"ADVICE from {words.format(n)} (claim {claim})." for (claim, words), n in told if n]
