@@ -301,10 +301,9 @@ def _finite(x: Tensor) -> bool:
 def unclear(sites: Mapping[str, str]) -> str:
     """Say of which sites the units cannot be told, why, and what helps."""
     listed = "".join(f"\n  {name!r}: {why}" for name, why in sites.items())
-    example = next(iter(sites), "")
     help = "a dimension of that shape; None to leave the site out; a pattern such as 'decoder.*'"
     what = f"cannot tell along which dimension the units lie:{listed}"
-    return f"{what}\nPass unit_dim={{{example!r}: 1}} ({help} for many)"
+    return f"{what}\nPass unit_dim={{{next(iter(sites), '')!r}: 1}} ({help} for many)"
 
 
 def _notes(counter: _Counter) -> list[str]:
