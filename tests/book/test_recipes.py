@@ -33,3 +33,9 @@ def test_recipe_runs(recipe, tmp_path, monkeypatch):
 def test_every_heading_has_its_recipe():
     assert all(len(section.split()) > 20 for section in SECTIONS)
     assert all(blocks(section) for section in SECTIONS)
+
+
+def test_code_needs_no_scrolling():
+    code = re.findall(r"^```\w+\n(.*?)^```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(code) > 10
+    assert [line for block in code for line in block.splitlines() if len(line) > 76] == []
