@@ -29,7 +29,7 @@ class Followed:
     name: str = ""
     # For each place that feeds it, and each call there (from 1) that does, the dimension of the
     # units in the tensor, counted from the end.
-    ways: dict[Place, dict[float, int]] = field(default_factory=lambda: defaultdict(dict))
+    ways: dict[Place, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     unread: bool = False  # whether a call was fed from where no hook sees it
     fires: Callable[[Tensor, Tensor], Tensor] | None = None  # if its output is read, not its input
     latest: Tensor | None = None  # (units,): peaks of the last pass, which ``Peaks`` merges
@@ -86,18 +86,18 @@ class Reader(Hook):
         self.latest = site.latest if alone else None
         self.shape: Any = None  # of an input that one reduction, over ``dims``, is fast for
         self.dims: tuple[int, ...] = ()
-        self.count = 0.0  # calls in the pass under way; -inf once one was given something else
+        self.count = 0
+        self.strange = False
         self.handle = audit.hook(place, self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if not self.watch._live or Audit.running:
             return
         self.count += 1
-        x = output[0] if output else args[0] if args else None
+        x: Any = output[0] if output else args[0] if args else None
         latest = self.latest
-        if latest is None or not isinstance(x, Tensor) or x.shape != self.shape:
-            self.read(x)
-        elif x.dtype == latest.dtype and self.count == 1:
+        fits = isinstance(x, Tensor) and x.shape == self.shape
+        if fits and latest is not None and self.count == 1 and x.dtype == latest.dtype:
             amax(x.detach(), self.dims, out=latest)
         else:
             self.read(x)
@@ -108,7 +108,7 @@ class Reader(Hook):
         if way is None:
             return
         if not isinstance(x, Tensor) or x.ndim < -way or x.shape[way] != self.units:
-            self.count = -math.inf
+            self.strange = True
         elif x.numel():
             long = x.is_contiguous() and x.shape[2:].numel() >= LONG
             if x.ndim + way == 1 and (x.ndim == 2 or long):
@@ -120,7 +120,7 @@ class Reader(Hook):
 
     def usual(self) -> bool:
         """Tell whether the pass called the module as the audit's did, or not at all."""
-        return self.count in (0, self.calls) or (self.loop and self.count > 0)
+        return not self.strange and (self.loop or self.count in (0, self.calls))
 
 
 class Audit(SiteFinder):

@@ -201,7 +201,6 @@ class Watch:
         own_kinds(activations, {})  # raises what is wrong with it
         self._options: dict[str, Any] = {"unit_dim": unit_dim, "batch_dim": batch_dim}
         self._options["activations"] = activations
-        self._batch_dim = batch_dim
         self._handles: list[Any] = []
         self._readers: list[Reader] = []
         self._sites: dict[str, Followed] = {}
@@ -270,11 +269,9 @@ class Watch:
         self._peaks.merge()
         strange = []
         for reader in self._readers:
-            if reader.count != reader.calls and not (
-                reader.usual() and (self._seen or reader.count)
-            ):
+            if not (reader.usual() and (self._seen or reader.count)):
                 strange.append(reader.site.name)
-            reader.count = 0
+            reader.count, reader.strange = 0, False
         if output is None and sys.exc_info()[0] is not None:  # the forward pass failed
             return
         self._seen = True
@@ -295,7 +292,7 @@ class Watch:
         if not isinstance(first, Tensor):
             first = next(tensors_in((args, kwargs)), None)
         try:
-            return first.size(self._batch_dim)
+            return first.size(self._options["batch_dim"])
         except (AttributeError, IndexError):
             return 1
 
