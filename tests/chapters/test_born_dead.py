@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import integrate, stats
+from scipy import stats
 
-from relubook.chapters.born_dead import lower_bound, silenced, two_wide, upper_bound
+from relubook.chapters.born_dead import lower_bound, upper_bound
 
 
 def first_dead(width, layers, networks):
@@ -24,25 +24,19 @@ def first_dead(width, layers, networks):
 
 @given(st.integers(1, 40), st.integers(2, 10_000))
 def test_bounds_are_ordered_probabilities(width, depth):
-    bounds = [bound(width, depth) for bound in (lower_bound, upper_bound, silenced)]
+    bounds = [bound(width, depth) for bound in (lower_bound, upper_bound)]
     q = 2.0**-width
-    bounds.insert(2, 1 - (1 - q) ** (depth - 2))  # the first layer keeps one of the rays
+    # The first layer keeps one of the rays; and the published bound.
+    bounds += [1 - (1 - q) ** (depth - 2), 1 - (1 - q) ** (depth - 1)]
     for low, high in zip([0.0, *bounds], [*bounds, 1.0], strict=True):
         assert low <= high + 1e-12
 
 
 @given(st.integers(1, 30), st.integers(2, 1000))
 def test_bounds_grow_with_depth_and_fall_with_width(width, depth):
-    for bound in (lower_bound, upper_bound, silenced):
+    for bound in (lower_bound, upper_bound):
         assert bound(width, depth + 1) >= bound(width, depth) - 1e-12
         assert bound(width + 1, depth) <= bound(width, depth) + 1e-12
-
-
-@given(st.integers(1, 30))
-def test_one_input_is_silenced_by_the_geometric_law(width):
-    for depth in (2, 3, 10, 50):
-        law = stats.geom.cdf(depth - 1, 2.0**-width)
-        assert silenced(width, depth) == pytest.approx(law, rel=1e-9)
 
 
 @pytest.mark.parametrize("width", range(1, 12))
@@ -71,26 +65,6 @@ def test_width_one_is_exact():
             assert bound(1, depth) == pytest.approx(1 - 0.5 ** (depth - 2))
 
 
-def test_two_wide_has_its_closed_values():
-    # Depth 4: the nine living pairs of patterns behind the second layer, each 1/16.
-    def mean(density):
-        return integrate.quad(lambda t: (0.5 - t / 4) ** 2 * density(t), 0, 1)[0]
-
-    pairs = 2 / 4 + 2 / 16 + 4 * mean(lambda t: 1) + mean(lambda t: 2 * (1 - t))
-    both = 0.5 * (0.75**2 * 0.5 + pairs / 16)
-    exact = 1 - 2 * 0.75**3 + both
-    values = two_wide([2, 3, 4])
-    assert values.tolist() == pytest.approx([0, 5 / 32, exact], abs=5e-5)
-
-
-def test_two_wide_lies_between_the_bounds_and_does_not_hang_on_the_grid():
-    depths = [2, 3, 4, 6, 10, 20, 50]
-    values = two_wide(depths)
-    for depth, value in zip(depths, values.tolist(), strict=True):
-        assert lower_bound(2, depth) - 1e-6 <= value <= upper_bound(2, depth) + 1e-6
-    torch.testing.assert_close(values, two_wide(depths, nodes=65, points=16), atol=2e-4, rtol=0)
-
-
 def test_simulation_agrees_with_the_exact_values_and_the_bounds():
     n = 20_000
     for width in (2, 4):
@@ -98,8 +72,6 @@ def test_simulation_agrees_with_the_exact_values_and_the_bounds():
         for depth in (3, 4, 6, 10):
             gone = int(((dead > 0) & (dead < depth)).sum())
             lost = int(((ray > 0) & (ray < depth)).sum())
-            assert stats.binomtest(lost, n, silenced(width, depth)).pvalue > 1e-4
+            assert stats.binomtest(lost, n, 1 - (1 - 2.0**-width) ** (depth - 1)).pvalue > 1e-4
             assert stats.binomtest(gone, n, lower_bound(width, depth), "less").pvalue > 1e-4
             assert stats.binomtest(gone, n, upper_bound(width, depth), "greater").pvalue > 1e-4
-            if width == 2:
-                assert stats.binomtest(gone, n, two_wide([depth])[0].item()).pvalue > 1e-4

@@ -1,6 +1,4 @@
-"""Counts against brute force and closed forms, the construction against what it promises."""
-
-import math
+"""Counts of regions against brute force and closed forms."""
 
 import pytest
 import torch
@@ -8,21 +6,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from relubook.chapters.regions import (
-    folding_network,
-    hyperplane_regions,
-    layers_of,
-    linear_regions_lower,
-    plane_regions,
-    region_counts,
-)
+from relubook.chapters.regions import hyperplane_regions, linear_regions_lower, plane_regions
 from relubook.training.recipe import Recipe
 
 SEEDS = range(6)
 
 
-def random_network(seed, inputs=2, widths=(6, 5), outputs=1):
-    return Recipe(inputs, widths, outputs, bias=(-1.0, 1.0)).single(seed, dtype=torch.float64)
+def random_network(seed, widths=(6, 5), outputs=1):
+    module = Recipe(2, widths, outputs, bias=(-1.0, 1.0)).single(seed, dtype=torch.float64)
+    linears = [layer for layer in module if isinstance(layer, nn.Linear)]
+    return [(layer.weight.detach(), layer.bias.detach()) for layer in linears]
+
+
+def folding_network(widths):
+    """Fold [0, 1] layer by layer into ``width`` copies, and cut what the last layer gets."""
+    layers, read = [], torch.ones(1, 1).double()
+    for k, width in enumerate(widths, 1):
+        place = torch.arange(width).double() + 0.5 * (k == len(widths))
+        layers.append((read.expand(width, -1), -place / width))
+        read = (width * (-1) ** place * (2 - (place == 0).double()))[None]
+    return [*layers, (read, torch.zeros(1).double())]
 
 
 def patterns(layers, x):
@@ -66,33 +69,6 @@ def linear_regions_upper(inputs, widths):
     return product
 
 
-class TestLayers:
-    def test_layers_compute_what_the_module_computes(self):
-        module = random_network(0)
-        x = torch.randn(50, 2, generator=torch.Generator().manual_seed(1)).double()
-        torch.testing.assert_close(apply_layers(layers_of(module), x), module(x))
-
-    def test_missing_bias_is_zero(self):
-        module = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1))
-        assert torch.equal(layers_of(module)[0][1], torch.zeros(3).double())
-
-    def test_copies_are_independent(self):
-        module = random_network(0)
-        layers_of(module)[0][0].zero_()
-        assert module[0].weight.abs().sum() > 0
-
-    @pytest.mark.parametrize(
-        ("module", "message"),
-        [
-            (nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)), "child 1 is Tanh"),
-            (nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Linear(2, 1)), "child 0 is ReLU"),
-        ],
-    )
-    def test_other_modules_are_refused(self, module, message):
-        with pytest.raises(ValueError, match=message):
-            layers_of(module)
-
-
 class TestBounds:
     @pytest.mark.parametrize(
         ("n", "d", "expected"), [(0, 2, 1), (1, 2, 2), (3, 2, 7), (4, 2, 11), (5, 1, 6), (3, 5, 8)]
@@ -118,7 +94,7 @@ class TestBounds:
 class TestPlaneRegions:
     @pytest.mark.parametrize("seed", SEEDS)
     def test_regions_fill_the_square_and_hold_one_pattern_and_one_map(self, seed):
-        layers = layers_of(random_network(seed, outputs=2))
+        layers = random_network(seed, outputs=2)
         regions = plane_regions(layers, low=-2.0, high=2.0)
         assert sum(map(area, regions)) == pytest.approx(16)
         for corners in regions:
@@ -130,7 +106,7 @@ class TestPlaneRegions:
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_finds_every_pattern_that_a_fine_grid_shows(self, seed):
-        layers = layers_of(random_network(seed))
+        layers = random_network(seed)
         t = torch.linspace(-2, 2, 301, dtype=torch.float64)
         seen = patterns(layers, torch.cartesian_prod(t, t)).unique(dim=0)
         regions = plane_regions(layers, low=-2.0, high=2.0)
@@ -141,12 +117,12 @@ class TestPlaneRegions:
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_one_layer_in_a_large_square_reaches_the_closed_form(self, seed):
-        layers = layers_of(random_network(seed, widths=(7,)))
+        layers = random_network(seed, widths=(7,))
         assert len(plane_regions(layers, low=-1e6, high=1e6)) == hyperplane_regions(7, 2)
 
     @pytest.mark.parametrize("seed", SEEDS)
     def test_no_network_exceeds_the_upper_bound(self, seed):
-        regions = plane_regions(layers_of(random_network(seed)), low=-20.0, high=20.0)
+        regions = plane_regions(random_network(seed), low=-20.0, high=20.0)
         assert len(regions) <= linear_regions_upper(2, (6, 5))
 
     def test_lines_through_corners_make_no_slivers(self):
@@ -157,42 +133,9 @@ class TestPlaneRegions:
         layers[1] = (torch.ones(1, 2), torch.zeros(1))
         assert list(map(area, plane_regions(layers))) == pytest.approx([1.0] * 4)
 
-
-class TestFolding:
-    @pytest.mark.parametrize("widths", [(4,), (3, 5), (2, 3, 4), (3, 4, 5)])
-    def test_lower_bound_is_reached_on_a_line(self, widths):
-        x = torch.linspace(0, 1, 40 * math.prod(widths) + 1, dtype=torch.float64)[:, None]
-        fires = patterns(folding_network(1, widths), (x[1:] + x[:-1]) / 2)
-        assert 1 + (fires[1:] != fires[:-1]).any(1).sum() == linear_regions_lower(1, widths)
-
-    @pytest.mark.parametrize("widths", [(3,), (8,), (11,), (4, 3), (4, 4), (7, 5), (4, 5, 3)])
-    def test_lower_bound_is_reached_in_the_plane(self, widths):
-        layers = folding_network(2, widths)
-        regions = plane_regions(layers, low=0.0, high=1.0)
-        expected = linear_regions_lower(2, widths)
-        assert len(regions) == expected
-        # Different linear maps, but for the cell of each copy on which no unit fires.
-        found = [torch.hstack([w[0], b]) for w, b in (map_on(layers, r) for r in regions)]
-        maps = {tuple(x.mul(1e6).round().tolist()) for x in found}
-        copies = math.prod((w // 2) ** 2 for w in widths[:-1])
-        assert len(maps) == expected - copies + 1
-
-
-class TestCounts:
-    def test_counts_are_those_of_the_single_networks(self):
-        recipe = Recipe(2, (5, 4), 1, initializer="torch")
-        counts = region_counts(recipe.stack([3, 11], dtype=torch.float64), low=-20, high=20)
-        for count, seed in zip(counts.tolist(), (3, 11), strict=True):
-            layers = layers_of(recipe.single(seed, dtype=torch.float64))
-            assert len(plane_regions(layers, low=-20, high=20)) == count
-
-    @pytest.mark.parametrize("widths", [(6,), (4, 4)])
-    def test_counts_stay_below_what_is_possible(self, widths):
-        counts = region_counts(Recipe(2, widths, 1, initializer="torch").stack(5), low=-9, high=9)
-        assert counts.dtype == torch.float64
-        assert (counts >= 1).all()
-        assert counts.max() <= linear_regions_upper(2, widths)
-
-    def test_other_networks_are_refused(self):
-        with pytest.raises(ValueError, match="Tanh"):
-            region_counts(Recipe(2, (4,), 1, activation="tanh").stack(2))
+    @pytest.mark.parametrize("widths", [(4, 4), (4, 5, 3)])
+    def test_a_folded_line_reaches_the_lower_bound(self, widths):
+        (weight, bias), *rest = folding_network(widths)
+        across = torch.hstack([weight, torch.zeros_like(weight)])
+        strips = plane_regions([(across, bias), *rest], low=0.0, high=1.0)
+        assert len(strips) == linear_regions_lower(1, widths)
