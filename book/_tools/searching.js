@@ -19,6 +19,8 @@ var Scorer = {
   objNameMatch: 11, objPartialMatch: 6, objPrio: {0: 15, 1: 5, 2: -5}, objPrioDefault: 0,
   title: 15, partialTitle: 7, term: 5, partialTerm: 2,
 };
-// Numbers such as 0.01 are words; the stemmer does not know that dying is to die.
+// Numbers such as 0.01 are words; the stemmer does not know that dying is to die. The words stand in
+// a plain object, where Sphinx would take "constructor" for one of the book's and never finish.
 var splitQuery = query => (query.match(/\d+\.\d+|[\p{Letter}\p{Number}_]+/gu) || [])
-  .map(word => word.toLowerCase() === "dying" ? "die" : word);
+  .map(word => word.toLowerCase() === "dying" ? "die" : word)
+  .filter(word => !(new Stemmer().stemWord(word.toLowerCase()) in {}));

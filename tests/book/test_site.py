@@ -168,6 +168,10 @@ def test_search_for_a_number_finds_first_who_uses_it_most(browser, address, site
     assert search(browser, address, number)[0] == max(CHAPTERS, key=uses)
 
 
+def test_search_leaves_out_words_that_javascript_has_of_its_own(browser, address):
+    assert search(browser, address, "dead constructors") == search(browser, address, "dead") != []
+
+
 def search(browser, address, words):
     """Return the pages that the search finds, best first."""
     with Visit(browser, address, f"search.html?q={words}") as visit:
