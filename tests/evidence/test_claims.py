@@ -252,6 +252,13 @@ def test_card_says_verdict_first_and_escapes_its_text():
     assert text.endswith("<!--card-->")
 
 
+def test_card_says_what_its_samples_are_and_never_that_they_have_no_width():
+    few = [1e-7 * k for k in range(1, 41)]
+    verdict = claim("cheap").check(part("a", few, at_least=1e-9, within=None, each="rounds"))
+    assert "40 rounds" in verdict._repr_html_()
+    assert verdict.parts[0].numbers.startswith("2.05e\u221206 (1.")
+
+
 def test_card_of_a_theorem_has_no_interval():
     verdict = claim("cheap").check(part("a", holds=True, kind="theorem"))
     assert "<svg" not in verdict._repr_html_()

@@ -44,8 +44,8 @@ _RECORD = _DATA.with_name("verdicts.json")
 class Part:
     """One condition of a claim, and how it came out; see :func:`part`.
 
-    ``low`` to ``high`` is what passes; ``value`` is estimate, lower and upper end; ``role`` is main
-    or limit, ``verdict`` holds, fails or open.
+    ``low`` to ``high`` is what passes; ``samples`` are what ``n`` counts; ``value`` is estimate,
+    lower and upper end; ``role`` is main or limit, ``verdict`` holds, fails or open.
     """
 
     sentence: str
@@ -58,6 +58,7 @@ class Part:
     sample: Callable[[float], tuple[float, float, float]] | None
     n: int
     note: str
+    samples: str = "networks"
     value: tuple[float, float, float] = (math.nan,) * 3
     role: str = ""
     verdict: str = ""
@@ -80,7 +81,15 @@ class Part:
         if not self.sample:
             return KINDS[self.kind] + (f", {self.needs}" if self.needs != "holds" else "")
         spread = (self.value[2] - self.value[1]) * (100 if self.unit in ("%", " points") else 1)
-        digits = next((n for n, least in ((0, 8), (1, 0.2), (2, 0.02)) if spread >= least), 4)
+        digits: int | None = None  # significant ones
+        if spread >= 8:
+            digits = 0
+        elif spread >= 0.2:
+            digits = 1
+        elif spread >= 0.02:
+            digits = 2
+        elif spread >= 0.0002:
+            digits = 4
         value, low, high = (number(v, self.unit, digits) for v in self.value)
         return f"{value}{self.unit} ({low} to {high}), {self.needs}"
 
@@ -99,6 +108,7 @@ def part(
     within: Range = (0, 1),
     nonfinite: float | str | None = None,
     unit: str | None = None,
+    each: str = "networks",
 ) -> Part:
     """State one condition of a claim: what it is judged on, and exactly one criterion.
 
@@ -115,6 +125,7 @@ def part(
             shares, None if unbounded; without bounds, samples that are all alike settle nothing.
         nonfinite: How NaN and infinity count, decided before the run: "omit" or a number.
         unit: By default "%" for shares, " points" for their differences, none without bounds.
+        each: What the samples are, in the plural, where these are no networks: "rounds".
 
     Raises ValueError unless there is one criterion that suits the kind, at least 30 samples, one
     number each, within their bounds, and a stated role for those that are not finite.
@@ -144,11 +155,11 @@ def part(
     state = functools.partial(Part, sentence, needs, low, high, kind, but, unit)
     if not measured:
         value = float(bool(limit) if name == "holds" else samples)
-        return state(None, 1, "", (value, value, value))
+        return state(None, 1, "", each, (value, value, value))
     if callable(samples):
-        return state(lambda level: samples(level)[:3], int(samples(0.95)[3]), "")
+        return state(lambda level: samples(level)[:3], int(samples(0.95)[3]), "", each)
     if (count := len(require("numpy", "intervals").asarray(samples))) < LEAST_SAMPLES:
-        raise ValueError(f"{sentence!r} rests on {count} networks; it needs {LEAST_SAMPLES}")
+        raise ValueError(f"{sentence!r} rests on {count} {each}; it needs {LEAST_SAMPLES}")
     x, bad = finite_samples(samples, nonfinite)
 
     def sample(level: float) -> tuple[float, float, float]:
@@ -157,7 +168,7 @@ def part(
 
     sample(0.95)  # raises if one lies outside of the bounds
     how = "left out" if nonfinite == "omit" else f"counted as {nonfinite}"
-    return state(sample, len(x), f"{bad} without a finite value, {how}" if bad else "")
+    return state(sample, len(x), f"{bad} without a finite value, {how}" if bad else "", each)
 
 
 @dataclass(frozen=True)
@@ -366,9 +377,9 @@ def _fold(verdict: Verdict) -> str:
     if not measured:
         return ""
     each = f", each with {100 * verdict.confidence:.4g}% (Bonferroni)" * (len(measured) > 1)
-    facts = [f"{p.sentence}: {p.n} networks" + f" ({p.note})" * bool(p.note) for p in measured]
+    facts = [f"{p.sentence}: {p.n} {p.samples}" + f" ({p.note})" * bool(p.note) for p in measured]
     return (
-        "<details><summary>Networks and confidence</summary><p>The intervals of this card hold "
+        "<details><summary>Samples and confidence</summary><p>The intervals of this card hold "
         f"together with {100 * CONFIDENCE:g}% confidence{each}.</p><ul>"
         f"{''.join(f'<li>{escape(fact)}</li>' for fact in facts)}</ul></details>"
     )
