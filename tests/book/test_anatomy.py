@@ -110,6 +110,7 @@ def main_sections(text):
 def test_a_chapter_is_read_in_a_quarter_of_an_hour(text):
     words = count_words(prose(text))
     assert words <= WORDS_OF_A_CHAPTER, f"{words} words; folded solutions count too"
+    assert int(re.search(r"(\d+) minutes to read", text.read_text("utf-8"))[1]) <= 15
 
 
 @each_chapter
