@@ -1,7 +1,7 @@
 /* On/off: which unit of one trained network is silent on which image, as it was stored.
 
-   A dark row is a dead unit, a dark column an image on which few units fire. Nothing is computed
-   here but counts of what the book's network did. */
+   A filled row is a dead unit, a nearly filled column an image on which few units fire. Nothing is
+   computed here but counts of what the book's network did. */
 (() => {
   "use strict";
   const rb = window.relubook;
@@ -88,9 +88,9 @@
     const draw = () => {
       now = view(data, way, index, order);
       const { rows, columns, fires, on, zeros } = now, u = rows[row], i = columns[column];
-      const dark = (dead) => rows.map((unit_, r) => (fires[unit_] === 0) === dead ? run(columns.map((k) => !on[unit_][k]), ry(r) + H / 2) : "").join("");
-      rb.set(silent, { d: dark(false) });
-      rb.set(gone, { d: dark(true) });
+      const filled = (dead) => rows.map((unit_, r) => (fires[unit_] === 0) === dead ? run(columns.map((k) => !on[unit_][k]), ry(r) + H / 2) : "").join("");
+      rb.set(silent, { d: filled(false) });
+      rb.set(gone, { d: filled(true) });
       rb.set(pickRow, { y: ry(row) - 1 });
       rb.set(pickColumn, { x: cx(column) });
       marks.replaceChildren(...data.units.flatMap((n, k) => {
@@ -102,7 +102,7 @@
       labels.replaceChildren(...(order === ORDERS[0]
         ? [...new Set(data.digits)].map((digit) => text(cx(data.digits.indexOf(digit) + data.digits.filter((d) => d === digit).length / 2), bottom + 16, `${digit}`, "rb-muted", "middle"))
         : [text(LEFT, bottom + 16, "fewest silent units", "rb-muted"), text(right, bottom + 16, "most", "rb-muted", "end")]));
-      rb.set(matrix, { "aria-label": `${units} units by ${images} images, dark where a unit is silent; ${now.dead} rows are dark from end to end on all images.` });
+      rb.set(matrix, { "aria-label": `${units} units by ${images} images, filled where a unit is silent; ${now.dead} rows are filled from end to end on all images.` });
 
       picture.replaceChildren(s("rect", { class: "rb-fires", x: 8, y: 6, width: 8 * P, height: 8 * P }), ...pixels(data, i).map((v, k) => v
         ? s("rect", { class: "rb-ink", x: 8 + P * (k % 8), y: 6 + P * (k >> 3), width: P, height: P, "fill-opacity": (v / 16).toFixed(2) }) : null).filter(Boolean));
@@ -117,7 +117,7 @@
       rb.set(side, { "aria-label": `${lines.map(([words]) => words).join(", ")}.` });
 
       const trained = index ? `trained at a rate of ${data.rates[index]}` : "before training";
-      const words = `Images ${way}, ${trained}: ${now.dead} of ${units} units are dead, and ${percent(now.silent)} of all answers are zeros.`;
+      const words = `Images ${way}, ${trained}: ${now.dead} of ${units} units are dead, and ${percent(now.silent)} of all outputs are zeros.`;
       if (sentence.textContent !== words) sentence.textContent = words;
     };
 
@@ -134,7 +134,7 @@
     };
     stage.append(
       rb.html("div", { class: "rb-panels" },
-        rb.html("div", { class: "rb-panel" }, rb.html("p", { class: "rb-head-line", text: "A row is a unit; dark where it is silent" }), matrix),
+        rb.html("div", { class: "rb-panel" }, rb.html("p", { class: "rb-head-line", text: "A row is a unit; filled where it is silent" }), matrix),
         rb.html("div", { class: "rb-panel" }, rb.html("p", { class: "rb-head-line", text: "The row and the column that are framed" }), side)),
       rb.html("div", { class: "rb-words rb-short" }, rb.html("p", { class: "rb-state" }, sentence)),
       rb.html("div", { class: "rb-side" },
