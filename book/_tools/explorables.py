@@ -87,7 +87,7 @@ def who_dies() -> dict[str, Any]:
     methods = {
         "nothing": "nothing",
         "mean": "mean only",
-        "rms": "spread only",
+        "rms": "rms only",
         "both": "both",
         "clipping": "clipping",
     }
