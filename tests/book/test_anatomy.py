@@ -196,7 +196,8 @@ def test_the_opening_answers(text):
     assert answer.startswith("**The short answer.** ")
     words = count_words(answer.removeprefix("**The short answer.** "))
     assert words <= WORDS_OF_AN_ANSWER, f"a short answer of {words} words"
-    promise = r"^\*\d+ minutes? to read, (about )?\d+ seconds? to run\. You need: "
+    promise = r"^\*\d+ minutes? to read, (longer with its knobs; )?(about )?\d+ seconds? to run\. "
+    promise += "You need: "
     assert re.search(promise, opening, re.M), "*N minutes to read, M seconds to run. You need: ...*"
 
 

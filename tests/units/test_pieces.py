@@ -149,7 +149,7 @@ def test_report():
     assert lines[3][6] == "-"
     assert lines[4][:7] == ["4", "maxout piece", "6 pieces", "-", "0", "4", "2"]
     text = repr(report)
-    assert "1 dead unit (25.0%). Silence on n = 1,001 independent inputs bounds a unit's" in text
+    assert "1 dead unit (25.0%). Silence on n = 1,001 inputs, if independent and not" in text
     assert "3 maxout pieces without a win, which kills no unit. Losing on n = 1,001" in text
     assert f"bounds a piece's winning rate by {silence_bound(1001):.2%} (95%)" in text
     assert "<td>4 pieces</td><td>-</td>" in report._repr_html_()

@@ -147,7 +147,7 @@ def test_a_watched_site_knows_who_is_at_risk_and_who_was_dead_from_the_start():
     assert site.dead.nonzero().flatten().tolist() == [0, 3]
     assert site.at_risk.nonzero().flatten().tolist() == [1]
     text = repr(watch.compute())
-    assert "ADVICE from Dead before the first step: silent since watching began: 1." in text
+    assert "ADVICE from Dead before the first step: silent from the first look on: 1." in text
     unreached = WatchedSite("1", site.dead, torch.full((12,), -torch.inf))
     assert not unreached.at_risk.any()
     with Watch(model, window=1) as alive:
@@ -204,8 +204,8 @@ def advised(report):
         ([0.5] * 20, 99, []),  # off center, and nobody suffers
         ([0] + [0.5] * 20, 0, ["spine-no-cost-at-best"]),
         ([0.005] + [0.5] * 20, 0, ["tool-rare-are-next"]),
-        ([0] * 3 + [0.5] * 20, 0, ["tool-revive-recovers"]),
-        ([0, 0], 0, ["tool-revive-recovers"]),
+        ([0] * 3 + [0.5] * 20, 0, ["spine-centered-born-alive", "tool-revive-recovers"]),
+        ([0, 0], 0, ["spine-centered-born-alive", "tool-revive-recovers"]),
         ([0] + [0.5] * 20, 99, ["spine-centering", "spine-no-cost-at-best"]),
     ],
 )

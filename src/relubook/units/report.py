@@ -370,8 +370,8 @@ class Report(UnitListing[SiteReport]):
             if total := sum(own for _, own in counts):
                 words, fewest = words.format(s="s" * (total > 1)), min(counts)[0]
                 remarks.append(
-                    f"{total:,} {words} on n = {fewest:,} independent inputs bounds a {whose} rate "
-                    f"by {silence_bound(fewest):.2%} (95%)."
+                    f"{total:,} {words} on n = {fewest:,} inputs, if independent and not trained "
+                    f"on, bounds a {whose} rate by {silence_bound(fewest):.2%} (95%)."
                 )
         return [*remarks, *advice(self), *self.notes]
 

@@ -15,8 +15,9 @@ MANY = 0.1  # dead units, as a share: at Adam's best rate as many die, and cost 
 ADVICE = {  # by the claim of the ledger that it rests on: its chapter, and what that found
     "spine-centering": "How units die: batch 0 is {:.2f} off center. Centered, layer 1 lives at"
     " rates that else kill most of it, but not where inputs are small beside the 1 of the bias",
-    "spine-centered-born-alive": "Dead before the first step: silent since watching began: {:,}."
-    " Center every layer and set biases to 0: centering the images alone is not enough",
+    "spine-centered-born-alive": "Dead before the first step: silent from the first look on: {:,}."
+    " If that was before training, center every layer and set biases to 0: centering the images"
+    " alone is not enough",
     "tool-rare-are-next": "Diagnose your model: rare units, here {:,}, are twice as likely to die"
     " as others, or more, but not at a rate too high, where anybody may die",
     "spine-no-cost-at-best": "The learning rate and the optimizer: at the best rate dead units cost"
@@ -84,8 +85,10 @@ def advice(report: Any) -> list[str]:
     nonfinite = sum(int(site.nonfinite.sum()) for site in sites)
     dead = report.dead_fraction
     many = dead > MANY or bool(report.dead_layers)
+    total = sum(int(site.dead.sum()) for site in sites)
+    first = len(born) if hasattr(report, "history") else many * total
     off = getattr(report, "_off_center", 0.0) if dead or rare else 0.0
     off = off if off >= OFF_CENTER else 0.0
-    found = (off, len(born), rare, dead and not many, many, nonfinite)
+    found = (off, first, rare, dead and not many, many, nonfinite)
     told = zip(ADVICE.items(), found, strict=True)
     return [f"ADVICE from {words.format(n)} (claim {claim})." for (claim, words), n in told if n]
